@@ -1,0 +1,1 @@
+"""GRPO for language models as one JAX program."""
