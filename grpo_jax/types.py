@@ -1,0 +1,112 @@
+"""The values that pass between the parts, and the glossary of axis letters.
+
+Q prompts · G samples per prompt · N = Q·G rows · T tokens in a row · V vocabulary · D width · L layers ·
+H query heads · K key/value heads · S decode slots · C cache length.
+
+Index t means token t: ``logp[n, t]`` is the log-probability of ``tokens[n, t]`` given what precedes it in its
+segment. ``mask`` is bool and means "trained"; it comes from lengths, never from a token id.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+Params = Any
+"""An opaque pytree of arrays; only ``grpo_jax.models`` looks inside."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a dataset, as the run draws it.
+
+    Attributes:
+        request_id: the dataset row and its draw in one number, the address of this prompt's randomness.
+        tokens: token ids, at least one.
+        text: what a reward function gets as the prompt: a string, or a list of chat messages.
+        columns: every other column of the dataset's row.
+    """
+
+    request_id: int
+    tokens: tuple[int, ...]
+    text: str | Sequence[Mapping[str, Any]] = ""
+    columns: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What an engine sampled, on the host; row ``q * G + g`` is sample g of prompt q.
+
+    Attributes:
+        tokens: [N, T] int32, prompt and completion from column 0, padded on the right.
+        prompt_len: [N] int32.
+        completion_len: [N] int32, tokens sampled, the stop token among them.
+        sampler_logp: [N, T] float32 of the tempered distribution before truncation; 0 outside completions.
+        finish: [N] of "stop" or "length".
+    """
+
+    tokens: np.ndarray
+    prompt_len: np.ndarray
+    completion_len: np.ndarray
+    sampler_logp: np.ndarray
+    finish: np.ndarray
+
+    def completion_ids(self, row: int) -> list[int]:
+        """Token ids that row ``row`` sampled, its stop token included."""
+        start = int(self.prompt_len[row])
+        return [int(t) for t in self.tokens[row, start : start + int(self.completion_len[row])]]
+
+    @property
+    def completion_mask(self) -> np.ndarray:
+        """[N, T] bool: True at every sampled token."""
+        column = np.arange(self.tokens.shape[1])[None, :]
+        start = self.prompt_len[:, None]
+        return (column >= start) & (column < start + self.completion_len[:, None])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainBatch:
+    """Rows to train on, whatever their kind (padded, packed or group).
+
+    Attributes:
+        tokens: [N, T] int32.
+        positions: [N, T] int32, place in the segment's own text; a completion goes on from its prompt.
+        segment_ids: [N, T] int32, unique within a row; 0 is padding.
+        context_ids: [N, T] int32 or None; the segment a token also attends to (a shared prompt), 0 for none.
+        source: [N, T] int32, the column whose hidden state scores token t (t - 1, or the prompt's last column).
+        mask: [N, T] bool, True where trained.
+        advantages: [N, T] float32.
+        sampler_logp: [N, T] float32.
+        old_logp: [N, T] float32 or None: by the learner before the update.
+        ref_logp: [N, T] float32 or None: by the frozen reference.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    context_ids: jax.Array | None
+    source: jax.Array
+    mask: jax.Array
+    advantages: jax.Array
+    sampler_logp: jax.Array
+    old_logp: jax.Array | None = None
+    ref_logp: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything the update changes.
+
+    Attributes:
+        params: the policy.
+        opt_state: Optax state, sharded like the parameters it belongs to.
+        step: scalar int32, optimizer updates applied.
+    """
+
+    params: Params
+    opt_state: Any
+    step: jax.Array
