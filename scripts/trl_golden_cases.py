@@ -58,6 +58,7 @@ def batches():
     near_ref = batch(9)
     near_ref["logp"] = f32(near_ref["logp"])
     near_ref["ref"] = f32(near_ref["logp"] + np.random.default_rng(9).choice([-3e-4, -1e-4, 1e-4, 3e-4], (N, T)))
+    near_ref["rewards"] = np.zeros((1, N))  # no policy term: the loss is the KL alone
     out["near_ref"] = near_ref
     per_token = batch(10)
     per_token["advantages"] = np.random.default_rng(10).standard_normal((N, T))
@@ -65,6 +66,9 @@ def batches():
     uneven = batch(11)
     uneven["lengths"] = np.array([7, 7, 6, 7, 1, 2, 1, 3])
     out["uneven"] = uneven
+    even = batch(12)
+    even["lengths"] = np.array([7, 5, 1, 6, 7, 6, 2, 4])  # both halves hold 19 tokens
+    out["even"] = even
     return out
 
 
@@ -103,7 +107,7 @@ VARIANTS = {
     "seq_mask": ("main", correction("sequence_mask", None, 3.0)),
     "accumulated": ("uneven", {"gradient_accumulation_steps": 2, "beta": 0.05, "use_bias_correction_kl": False}),
     "two_steps": ("uneven", {"steps_per_generation": 2}),
-    "two_steps_even": ("main", {"steps_per_generation": 2}),
+    "two_steps_even": ("even", {"steps_per_generation": 2}),
     "all_at_once": ("wide", correction("token_truncate", 0.4, 2.0, beta=0.1, off_policy_mask_threshold=0.75,
                                        use_bias_correction_kl=False, top_entropy_quantile=0.6)),
     "float32": ("main", {"beta": 0.1, "use_bias_correction_kl": False, "dtype": "float32"}),
@@ -133,6 +137,9 @@ SINGLES = [
     ("far_reference", "dapo", "far_ref", {"beta": 0.1, "use_bias_correction_kl": False, "num_iterations": 1}),
     ("near_reference", "dapo", "near_ref", {"beta": 1.0, "use_bias_correction_kl": False, "num_iterations": 1,
                                             "dtype": "float32"}),
+    ("accumulated_entropy", "grpo", "uneven", {"gradient_accumulation_steps": 2, "entropy_coef": 0.03}),
+    ("accumulated_entropy", "dapo", "even", {"gradient_accumulation_steps": 2, "entropy_coef": 0.03}),
+    ("accumulated_top", "dapo", "uneven", {"gradient_accumulation_steps": 2, "top_entropy_quantile": 0.4}),
     ("default_high", "bnpo", "main", {"scale_rewards": "none", "epsilon_high": None}),
 ]  # fmt: skip
 GMPO = {
