@@ -1,0 +1,355 @@
+"""The configuration of a run: pydantic models, TOML files, no jax.
+
+Every field's docstring is its help on the command line. TOML has no null, so an optional field is switched off by
+the string "none", in files and on the command line.
+"""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self, get_type_hints
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
+
+from grpo_jax.algo.spec import PRESETS, Advantage, LossConfig, Preset
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A frozen table of the configuration that refuses fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The model and its arithmetic."""
+
+    path: str = "quickstart"
+    """Directory of a Hugging Face checkpoint; "quickstart" is the model the package ships."""
+    dtype: Dtype = "float32"
+    """Type of the computation."""
+    param_dtype: Dtype = "float32"
+    """Type of the parameters that the optimizer updates."""
+    matmul_precision: Literal["default", "high", "highest"] | None = None
+    """Precision of every matrix product; none: highest for float32, default for bfloat16."""
+    remat: Literal["full", "attention"] | None = None
+    """What the backward pass computes again instead of storing; none stores everything."""
+
+
+class DataConfig(Section):
+    """Prompts to train on and to be judged by."""
+
+    train: str = "quickstart"
+    """JSONL file of training prompts, one object a line; "quickstart" is the file the package ships."""
+    eval: str | None = "quickstart"
+    """JSONL file of held-out prompts; none switches evaluation off."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt: a string, or a list of chat messages."""
+    max_prompt_len: PositiveInt = 512
+    """Longest prompt in tokens; longer ones are left out and counted, never cut."""
+    shuffle: bool = True
+    """Draw the rows of each epoch in an order of its own, fixed by the seed."""
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    prompts_per_step: PositiveInt = 32
+    """Prompts of one step (Q)."""
+    num_samples: int = Field(8, ge=2)
+    """Completions of each prompt (G); group-relative advantages need at least 2."""
+    max_new_tokens: PositiveInt = 48
+    """Longest completion in tokens, its stop token included."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, in the sampler and in the learner alike."""
+    top_k: PositiveInt | None = None
+    """Sample among the k most likely tokens only."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Sample among the fewest tokens that hold this probability together."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
+
+
+def _loss_section() -> type[Section]:
+    """LossConfig's fields as a table, documented from its metadata; the run itself knows the completion length."""
+    types = get_type_hints(LossConfig)
+    fields = [f for f in dataclasses.fields(LossConfig) if f.name != "max_completion_len"]
+    declared: Any = {f.name: (types[f.name], Field(f.default, description=f.metadata["doc"])) for f in fields}
+    return create_model("LossSection", __base__=Section, __doc__="The loss, field by field.", **declared)
+
+
+LossSection = _loss_section()
+
+
+class AlgorithmConfig(Section):
+    """The algorithm: a preset, and what is to differ from it."""
+
+    preset: Preset = "grpo"
+    """Named recipe; it fills every field of this table and of algorithm.loss that is not given."""
+    advantage: Advantage = "grpo"
+    """How rewards [Q, G] become advantages; docs/MATH.md, section 1."""
+    ddof: Literal[0, 1] = 1
+    """Degrees of freedom taken from the count in a group's standard deviation."""
+    eps: NonNegativeFloat = 1e-4
+    """Added to a group's standard deviation, in units of reward."""
+    overlong_filter: bool = False
+    """Leave completions that were cut at the limit out of the loss."""
+    soft_overlong: bool = False
+    """Add DAPO's penalty, 0 to -1, to the reward of completions near rollout.max_new_tokens."""
+    overlong_buffer_len: PositiveInt | None = None
+    """Length of the soft overlong ramp in tokens; none: a fifth of rollout.max_new_tokens."""
+    loss: LossSection = LossSection()  # type: ignore[valid-type]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        recipe = PRESETS.get(values.get("preset", "grpo")) if isinstance(values, dict) else None
+        if recipe is None:
+            return values  # the field's own check names the legal presets
+        own = {name: getattr(recipe, name) for name in cls.model_fields if hasattr(recipe, name) and name != "loss"}
+        loss = {name: getattr(recipe.loss, name) for name in LossSection.model_fields}
+        given = values.get("loss", {})
+        return own | values | {"loss": loss | given if isinstance(given, dict) else given}
+
+
+class RewardConfig(Section):
+    """What a completion is paid for."""
+
+    functions: tuple[str, ...] = ("quickstart",)
+    """Built-in names, "module:function" or "path/file.py:function"; each runs in a process of its own."""
+    weights: tuple[float, ...] | None = None
+    """One weight a function; none weighs each 1."""
+    timeout_seconds: PositiveFloat = 30.0
+    """Longest time one batch may take in a function before its process is killed."""
+    memory_limit_mb: PositiveInt | None = 2048
+    """Address space of a reward's process in MiB; none is no limit."""
+
+
+class OptimConfig(Section):
+    """The optimizer: AdamW behind a global-norm clip."""
+
+    learning_rate: NonNegativeFloat = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last update."""
+    warmup_steps: int = Field(0, ge=0)
+    """Updates over which the learning rate rises linearly from 0."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Global norm to which the gradient is clipped."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout (mu)."""
+    minibatches: PositiveInt = 1
+    """Optimizer updates in each pass; each takes an equal share of the prompts."""
+    microbatch_rows: PositiveInt | None = None
+    """Rows whose activations are alive at once; none: all rows of an update. Changes memory, never the gradient."""
+
+
+class BatchConfig(Section):
+    """How completions are laid out in rows for training."""
+
+    rows: Literal["padded", "packed", "group"] = "padded"
+    """padded: one completion a row. packed: several, one behind the other. group: a prompt once, then its samples."""
+    row_len: PositiveInt | None = None
+    """Length of a packed row in tokens; none: twice the longest prompt and completion together."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out prompts."""
+
+    every: PositiveInt | None = 10
+    """Steps between evaluations; the first comes before step 0, the last after the final step. none: those two only."""
+    prompts: PositiveInt | None = None
+    """Evaluate on the first so many prompts; none on all."""
+    samples: int = Field(0, ge=0)
+    """Samples a prompt for avg@k and pass@k, drawn at rollout.temperature; 0 switches both off."""
+    correct_above: float = 0.5
+    """A completion is correct when its weighted reward is above this."""
+
+
+class CheckpointConfig(Section):
+    """What a run can be resumed from."""
+
+    every: PositiveInt | None = 20
+    """Steps between checkpoints; one is always written at the end. none: that one only."""
+    keep: PositiveInt = 2
+    """Checkpoints kept."""
+
+
+class MeshConfig(Section):
+    """How devices are arranged; -1 takes those that remain."""
+
+    data: int = -1
+    """Devices over which rows are split and parameters repeated."""
+    fsdp: int = 1
+    """Devices over which rows and parameters are split."""
+    tensor: int = 1
+    """Devices over which heads, hidden units and the vocabulary are split."""
+    distributed: bool = False
+    """Start jax.distributed first, for a run on several hosts."""
+
+
+class LogConfig(Section):
+    """What is written while the run goes on."""
+
+    completions: int = Field(32, ge=0)
+    """Completions of each step written to completions.jsonl."""
+    quiet: bool = False
+    """Print only warnings and the result."""
+
+
+class TrainConfig(Section):
+    """A whole run; its defaults are the quickstart."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the data order, the sampling and everything else that is drawn."""
+    steps: PositiveInt = 60
+    """Rollouts to train on."""
+    output_dir: str | None = None
+    """Directory of the run; one that holds this config's checkpoint is resumed. none: runs/<config>-<time>."""
+    compilation_cache: str | None = "~/.cache/grpo_jax"
+    """Directory where compiled programs are kept between runs; none keeps none."""
+    deterministic: bool = False
+    """Ask XLA for deterministic operations on GPU; elsewhere they already are."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward: RewardConfig = RewardConfig()
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        self.loss.check_updates(self.updates_per_step)
+        for field, wrong, why in _refusals(self):
+            if wrong:
+                raise ValueError(f"{field}: {why}")
+        return self
+
+    @property
+    def loss(self) -> LossConfig:
+        """What the learner minimises, its completion length that of the rollout."""
+        table = self.algorithm.loss.model_dump()
+        length = self.rollout.max_new_tokens if table["aggregation"] == "constant" else None
+        return LossConfig(**table, max_completion_len=length)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates on each rollout."""
+        return self.optim.epochs * self.optim.minibatches
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **top: Any) -> Self:
+        """Read a TOML file; "none" is None.
+
+        Raises:
+            ValueError: no such file, not TOML, or a field that is unknown or illegal, by its dotted path.
+        """
+        return cls.from_tables(read_toml(path) | top)
+
+    @classmethod
+    def from_tables(cls, tables: dict[str, Any]) -> Self:
+        """Build from nested plain values, as `read_toml` gives them."""
+        return cls.model_validate(tables)
+
+    def to_toml(self) -> str:
+        """The whole config as TOML; `from_toml` of it equals this config."""
+        return tomli_w.dumps(_none_to_string(self.model_dump(mode="json")))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file with "none" read as None; ValueError says what is wrong with the file."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no config file at {file}. Give the path of a TOML file; configs/ holds some to start from.")
+    try:
+        return _string_to_none(tomllib.loads(file.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not TOML: {error}. Configs are TOML: `key = value` under [tables].") from error
+
+
+def _string_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _string_to_none(item) for key, item in value.items()}
+    return None if value == "none" else value
+
+
+def _none_to_string(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _none_to_string(item) for key, item in value.items()}
+    return "none" if value is None else value
+
+
+def _refusals(config: TrainConfig) -> list[tuple[str, bool, str]]:
+    """(dotted path, is it wrong, got / why / do) for what one field alone cannot show."""
+    rollout, optim, loss, reward = config.rollout, config.optim, config.loss, config.reward
+    later = {"gae": "a critic", "remax": "a greedy completion", "gdpo": "rewards by function", "pass_at_k": "its k"}
+    statistics = loss.surrogate in ("clip_cov", "kl_cov") or loss.entropy_top < 1.0
+    return [
+        (
+            "optim.minibatches",
+            rollout.prompts_per_step % optim.minibatches != 0,
+            f"got {optim.minibatches}, which does not divide rollout.prompts_per_step = {rollout.prompts_per_step}; "
+            "every update must take the same share. Choose a divisor.",
+        ),
+        (
+            "reward.weights",
+            reward.weights is not None and len(reward.weights) != len(reward.functions),
+            f"got {len(reward.weights or ())} weights for {len(reward.functions)} functions. Give one a function.",
+        ),
+        (
+            "reward.functions",
+            not reward.functions,
+            "got none; without a reward there is nothing to learn. Name at least one.",
+        ),
+        (
+            "batch.row_len",
+            config.batch.row_len is not None and config.batch.rows == "padded",
+            "is for packed and group rows; padded rows need no length of their own. Leave it out.",
+        ),
+        (
+            "algorithm.advantage",
+            config.algorithm.advantage in later,
+            f"got {config.algorithm.advantage!r}, which needs {later.get(config.algorithm.advantage)} in the run, and "
+            "the run has none yet; grpo_jax.algo computes it as a function. Choose another.",
+        ),
+        (
+            "algorithm.loss.surrogate",
+            statistics,
+            "clip_cov, kl_cov and entropy_top < 1 need statistics of the whole step, which the run does not hand in "
+            "yet; grpo_jax.algo computes them as functions. Choose another.",
+        ),
+        (
+            "algorithm.loss.kl_in_reward",
+            loss.kl_in_reward,
+            "the run does not subtract the KL from the reward yet. Set it false; kl_coef is then the KL in the loss.",
+        ),
+        (
+            "rollout.top_k",
+            rollout.top_k is not None and rollout.top_k < 2,
+            "got 1, which leaves nothing to choose. Use rollout.temperature or a larger k.",
+        ),
+    ]

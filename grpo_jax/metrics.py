@@ -1,0 +1,187 @@
+"""What a run records about itself: metrics by step, completions, compiles, seconds by phase, curves."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from grpo_jax.types import Rollout
+
+
+class CompileLog:
+    """Counts XLA compiles while it is open, with the name of each compiled function."""
+
+    def __init__(self) -> None:
+        """Start empty; `with` opens it."""
+        self.names: list[str] = []
+        self.seconds = 0.0
+
+    def __enter__(self) -> Self:
+        """Listen."""
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening."""
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    @property
+    def count(self) -> int:
+        """Programs compiled, or read from the cache, so far."""
+        return len(self.names)
+
+    def _hear(self, event: str, seconds: float, **facts: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += seconds  # tracing, lowering and the backend
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.names.append(str(facts.get("fun_name", "?")))
+
+
+class Phases:
+    """Seconds by phase, of the step at hand and of the whole run."""
+
+    def __init__(self, total: Mapping[str, float] | None = None) -> None:
+        """Start from the totals of an earlier part of the run."""
+        self.total: dict[str, float] = defaultdict(float, total or {})
+        self.step: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time the block under ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.total[name] += seconds
+            self.step[name] += seconds
+
+    def take_step(self) -> dict[str, float]:
+        """The step's seconds by phase; starts the next step."""
+        step, self.step = dict(self.step), defaultdict(float)
+        return step
+
+
+class JsonLines:
+    """A file of one JSON object a line; opened to go on from a step, it drops the lines of later steps."""
+
+    def __init__(self, path: Path, keep_below: int | None = None):
+        """Args: the file, and the first step whose lines are dropped (None keeps nothing)."""
+        kept = _lines_below(path, keep_below)
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
+        self._file.flush()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one object; a float that is not finite becomes null."""
+        self._file.write(json.dumps({k: _json(v) for k, v in row.items()}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that `JsonLines` wrote; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _lines_below(path: Path, step: int | None) -> list[str]:
+    if step is None or not path.exists():
+        return []
+    rows = [row for row in read_json_lines(path) if row["step"] < step]
+    return [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def reward_metrics(
+    names: list[str], rewards: np.ndarray, reward: np.ndarray, scored: np.ndarray, spread: np.ndarray
+) -> dict[str, float]:
+    """Figures of one step's rewards.
+
+    Args:
+        names: of the F reward functions.
+        rewards: [F, N], NaN where a function gave no answer.
+        reward: [Q, G] weighted sum.
+        scored: [Q, G] bool.
+        spread: [Q] bool, True where a group's rewards differ.
+    """
+    out = {
+        "reward": float(reward[scored].mean()) if scored.any() else float("nan"),
+        "reward_std": float(reward[scored].std()) if scored.any() else float("nan"),
+        "frac_reward_zero_std": float(1.0 - spread.mean()),
+    }
+    for name, values in zip(names, rewards, strict=True):
+        answered = values[np.isfinite(values)]
+        out[f"rewards/{name}/mean"] = float(answered.mean()) if answered.size else float("nan")
+        out[f"rewards/{name}/std"] = float(answered.std()) if answered.size else float("nan")
+    return out
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Lengths of one step's completions and the share cut at the limit."""
+    length = rollout.completion_len
+    return {
+        "completions/mean_length": float(length.mean()),
+        "completions/min_length": int(length.min()),
+        "completions/max_length": int(length.max()),
+        "completions/clipped_ratio": float((rollout.finish == "length").mean()),
+    }
+
+
+def means(sums: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
+    """Sums and counts of a step's updates -> one figure a name: the mean, or the sum where nothing is counted."""
+    out = {}
+    for name in sums[0]:
+        total = float(np.sum([s[name][0] for s in sums]))
+        count = float(np.sum([s[name][1] for s in sums]))
+        out[name] = total / count if count else total
+    return out
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw reward, held-out accuracy, entropy and length against the step into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        ("reward, mean of the step", ["reward"]),
+        ("held-out accuracy", ["eval/accuracy", "eval/avg_at_k", "eval/pass_at_k"]),
+        ("entropy (nat)", ["entropy"]),
+        ("completion length (tokens)", ["completions/mean_length"]),
+    ]
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
+    for axis, (title, names) in zip(axes.flat, panels, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(axis.lines) > 1:
+            axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

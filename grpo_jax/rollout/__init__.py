@@ -1,0 +1,66 @@
+"""Sampling completions: the protocol every engine keeps, and `generate` for use alone."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from grpo_jax.models.model import Model
+from grpo_jax.rollout.engine import StaticEngine
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.types import Params, Prompt, Rollout
+
+__all__ = ["Engine", "Sampling", "StaticEngine", "generate"]
+
+
+class Engine(Protocol):
+    """What samples. Its uniforms are addressed by (seed, step, request id, sample, place), never consumed."""
+
+    def generate(
+        self, params: Params, prompts: Sequence[Prompt], *, num_samples: int, sampling: Sampling, seed: int, step: int
+    ) -> Rollout:
+        """Sample ``num_samples`` completions of each prompt, rows in the order of the prompts."""
+        ...
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    num_samples: int = 8,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    request_ids: Sequence[int] | None = None,
+) -> Rollout:
+    """Sample completions of prompts given as token ids.
+
+    Args:
+        model: from `load_model`.
+        params: its parameters.
+        prompts: Q lists of token ids, none empty.
+        num_samples: completions of each prompt (G).
+        max_new_tokens: longest completion, its stop token included.
+        temperature: divides the logits; 0 is greedy.
+        top_k: sample among the k most likely tokens.
+        top_p: sample among the fewest tokens that hold this probability.
+        stop_ids: tokens that end a completion; None takes those of the checkpoint's config files.
+        seed: with the request ids it fixes every completion, whatever else is in the call.
+        request_ids: one number a prompt that addresses its randomness; None numbers them from 0.
+
+    Returns:
+        Rollout of N = Q * G rows; ``sampler_logp`` is that of the tempered distribution before truncation.
+
+    Raises:
+        ValueError: an empty or missing prompt, a token outside the vocabulary, an illegal option.
+    """
+    ids = range(len(prompts)) if request_ids is None else request_ids
+    if len(ids) != len(prompts):
+        raise ValueError(f"request_ids: got {len(ids)} for {len(prompts)} prompts. Give one a prompt.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: got {num_samples}; at least 1 completion a prompt must be sampled.")
+    stops = model.spec.stop_ids if stop_ids is None else stop_ids
+    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(sorted(set(stops))))
+    asked = [Prompt(int(i), tuple(tokens)) for i, tokens in zip(ids, prompts, strict=True)]
+    return StaticEngine(model).generate(params, asked, num_samples=num_samples, sampling=sampling, seed=seed, step=0)
