@@ -1,0 +1,96 @@
+"""Reward functions that run in this process: closures, bound methods, coroutines; without a time limit."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from grpo_jax.rewards.call import Batch, RewardProblem, checked, raised
+from grpo_jax.rewards.lookup import Reward
+
+
+class LoopThread:
+    """An event loop in a thread of its own, so that awaiting works whether or not the caller has a loop running.
+
+    One loop for all calls: a client (an HTTP session, say) that an async reward keeps stays usable.
+    """
+
+    def __init__(self) -> None:
+        """Start the thread."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grpo_jax rewards", daemon=True)
+        self._thread.start()
+
+    def submit(self, awaitable: Awaitable[Any]) -> "Future[Any]":
+        """Begin to await; the future gives the result."""
+
+        async def result_of() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(result_of(), self._loop)
+
+    def close(self) -> None:
+        """Stop the loop and end the thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class LocalRewards:
+    """Several reward functions, called in this thread one after the other; what they leave to await overlaps."""
+
+    def __init__(self, functions: Mapping[int, tuple[str, Reward]]) -> None:
+        """Take (name, function) by any number that tells them apart."""
+        self._functions = functions
+        self._loop: LoopThread | None = None
+
+    def score(self, batch: Batch) -> dict[int, list[float | None]]:
+        """The rewards of every function, by its number.
+
+        Raises:
+            ValueError: a function raised or broke its contract.
+        """
+        begun: dict[int, Any] = {}
+        try:
+            for number, (name, function) in self._functions.items():
+                begun[number] = self._guard(name, function, batch, lambda f=function: self._begin(f, batch))
+            return {
+                number: self._guard(name, function, batch, lambda n=number: _finish(begun[n], len(batch)))
+                for number, (name, function) in self._functions.items()
+            }
+        finally:
+            for result in begun.values():
+                if isinstance(result, Future):
+                    result.cancel()
+
+    def close(self) -> None:
+        """End the event loop, if one was needed."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    def _begin(self, function: Reward, batch: Batch) -> Any:
+        result = function(**batch.arguments())
+        return self._running_loop().submit(result) if isinstance(result, Awaitable) else result
+
+    def _guard(self, name: str, function: Reward, batch: Batch, do: Callable[[], Any]) -> Any:
+        try:
+            return do()
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except RewardProblem as problem:
+            raise problem.error(name) from None
+        except BaseException as error:
+            raise raised(function, batch, self._wait, error).error(name) from error
+
+    def _wait(self, awaitable: Awaitable[Any]) -> Any:
+        return self._running_loop().submit(awaitable).result()
+
+    def _running_loop(self) -> LoopThread:
+        self._loop = self._loop or LoopThread()
+        return self._loop
+
+
+def _finish(result: Any, count: int) -> list[float | None]:
+    return checked(result.result() if isinstance(result, Future) else result, count)

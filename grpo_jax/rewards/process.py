@@ -1,0 +1,186 @@
+"""The parent's end of one worker process: start it, ask it, kill it. POSIX only (process groups, select on pipes)."""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.rewards.lookup import reward_name
+from grpo_jax.rewards.worker import OUT_OF_MEMORY
+
+START_SECONDS = 120.0
+"""A worker that has not imported its reward by then is given up."""
+
+_CHUNK = 1 << 16
+
+
+class WorkerDied(Exception):
+    """The process ended, or wrote what is no answer, before it answered; the text says how."""
+
+
+class WorkerProcess:
+    """One reward in one process, which is started when it is needed and again after it was killed.
+
+    One thread may use it at a time; ``kill`` and ``close`` may come from any. On Linux the process dies with the
+    thread that started it, so that thread has to live as long as the worker is wanted.
+    """
+
+    def __init__(self, spec: str, parameters: Mapping[str, Any], memory_limit_mb: int | None) -> None:
+        """Note what to run; nothing is started yet."""
+        self.name = reward_name(spec)
+        self.spec = spec
+        self.start_seconds = 0.0
+        self._parameters = dict(parameters)
+        self._memory_limit_mb = memory_limit_mb
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._turn = threading.RLock()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, None where no process runs."""
+        process = self._process
+        return None if process is None else process.pid
+
+    def ensure(self) -> None:
+        """Start the process and load its reward, unless it runs already.
+
+        Raises:
+            ValueError: the reward is not found or does not load.
+            WorkerDied: ``close`` was called.
+        """
+        if self._process is not None:
+            return
+        begun = time.monotonic()
+        with self._lock:
+            if self._closed:
+                raise WorkerDied("was closed")
+            self._process = _popen()
+        start = {
+            "spec": self.spec,
+            "parameters": self._parameters,
+            "memory_limit_mb": self._memory_limit_mb,
+            "path": sys.path,
+            "parent": os.getpid(),
+        }
+        problem = self._load(json.dumps(start).encode() + b"\n")
+        if problem is not None:
+            self.kill()
+            raise ValueError(problem)
+        self.start_seconds = self.start_seconds or time.monotonic() - begun
+
+    def ask(self, request: bytes, limit_seconds: float) -> dict[str, Any]:
+        """Send one line and return the answer to it.
+
+        Raises:
+            TimeoutError: no answer within ``limit_seconds``; the process is killed.
+            WorkerDied: no answer at all; the process is gone.
+        """
+        with self._turn:
+            process = self._process
+            if process is None:
+                raise WorkerDied("does not run")
+            try:
+                answer = json.loads(_exchange(process, request, time.monotonic() + limit_seconds))
+                if not isinstance(answer, dict):
+                    raise ValueError
+                return answer
+            except TimeoutError:
+                self.kill()
+                raise
+            except (EOFError, OSError, ValueError) as error:
+                self.kill()
+                raise WorkerDied(self._how_it_ended(process.returncode, error)) from error
+
+    def kill(self) -> None:
+        """End the process and all it started in its group."""
+        with self._lock:
+            process, self._process = self._process, None
+            if process is None:
+                return
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+        with self._turn:  # a thread that is reading these pipes sees their end now and lets go
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
+
+    def close(self) -> None:
+        """Kill, and never start again."""
+        with self._lock:
+            self._closed = True
+        self.kill()
+
+    def _load(self, start: bytes) -> str | None:
+        try:
+            answer = self.ask(start, START_SECONDS)
+        except TimeoutError:
+            return f"reward {self.spec!r}: not loaded after {START_SECONDS:g} s; import less in its module"
+        except WorkerDied as death:
+            return f"reward {self.spec!r}: its process {death} while loading; see stderr, or raise the memory limit"
+        return str(answer["problem"]) if "problem" in answer else None
+
+    def _how_it_ended(self, status: int | None, error: Exception) -> str:
+        if status == OUT_OF_MEMORY:
+            limit = "" if self._memory_limit_mb is None else f" of {self._memory_limit_mb} MB"
+            return f"ran out of its memory{limit}"
+        if isinstance(error, ValueError):
+            return "wrote what is no answer"
+        if status is not None and status < 0:
+            return f"died of signal {signal.Signals(-status).name}"
+        return f"ended with exit status {status}"
+
+
+def _popen() -> "subprocess.Popen[bytes]":
+    root = Path(__file__).resolve().parents[2]
+    environment = dict(os.environ)
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout that is on sys.path but not installed
+        known = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [known, str(root)]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "grpo_jax.rewards.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env=environment,
+        start_new_session=True,  # its own group: killed whole, and deaf to the terminal's Ctrl-C
+    )
+
+
+def _exchange(process: "subprocess.Popen[bytes]", request: bytes, deadline: float) -> bytes:
+    """Write ``request``, read one line; never blocks past ``deadline``, whichever way the pipe is stuck."""
+    assert process.stdin is not None and process.stdout is not None  # both are pipes
+    stdin, stdout = process.stdin.fileno(), process.stdout.fileno()
+    os.set_blocking(stdin, False)
+    left, received = memoryview(request), bytearray()
+    most = _CHUNK + 8 * len(request)  # a row is at least 8 bytes of the request and at most 30 of the answer
+    with selectors.DefaultSelector() as selector:
+        selector.register(stdout, selectors.EVENT_READ)
+        selector.register(stdin, selectors.EVENT_WRITE)
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            for key, _ in selector.select(remaining):
+                if key.fd == stdin:
+                    left = left[os.write(stdin, left[:_CHUNK]) :]
+                    if not left:
+                        selector.unregister(stdin)
+                    continue
+                chunk = os.read(stdout, _CHUNK)
+                received += chunk
+                if received.endswith(b"\n"):
+                    return bytes(received)
+                if not chunk or len(received) > most:
+                    raise EOFError
