@@ -1,0 +1,95 @@
+"""The device mesh, the start of several hosts, and the rules from logical axes to mesh axes.
+
+A mesh always has the three axes ``data``, ``fsdp`` and ``tensor``; on one device each has size 1 and the same code
+runs. Axis types are Auto: GSPMD partitions every jitted function from the constraints the models put down.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+}
+"""Logical axis -> mesh axes it is cut over. A name that is not here, and None, is replicated."""
+
+GATHERED_RULES: Mapping[str, tuple[str, ...]] = {name: axes for name, axes in RULES.items() if name != "embed"}
+"""Weights where they are used: gathered over ``fsdp``, still cut over ``tensor``."""
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of ``devices`` (default: all of them) with the axes ``data``, ``fsdp`` and ``tensor``.
+
+    One of the sizes may be -1 and takes the devices that the others leave.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    got = "data={}, fsdp={}, tensor={} for {} device(s)".format(*sizes, len(devices))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"got {got}; a size must be at least 1, and at most one may be -1; give the others a number")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"got {got}; the product must be the number of devices, or divide it where one size is -1; "
+            f"choose sizes that divide {len(devices)}"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_for(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES
+) -> PartitionSpec:
+    """Where an array of ``shape`` with logical ``axes`` lies on ``mesh``.
+
+    An axis whose size the mesh axes do not divide drops them from the right until they do; with none left it is
+    replicated. A mesh axis is used once, by the first logical axis that asks for it.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"got axes {axes} for shape {shape}; one name (or None) per axis is needed; name each axis")
+    used: set[str] = set()
+    spec: list[tuple[str, ...] | str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        over = [axis for axis in rules.get(name or "", ()) if axis not in used]
+        while over and size % math.prod(mesh.shape[axis] for axis in over):
+            over.pop()
+        used.update(over)
+        spec.append(None if not over else over[0] if len(over) == 1 else tuple(over))
+    return PartitionSpec(*spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows [N, ...] over ``data`` and ``fsdp``; N must be a multiple of their product."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def initialize_distributed() -> None:
+    """Join this process to the others of a multi-host run; call it once, before any other use of jax.
+
+    A thin cover over ``jax.distributed.initialize``, which finds Slurm, Open MPI, GKE and Cloud TPU by itself.
+    """
+    jax.distributed.initialize()
+
+
+def single_device_mesh() -> Mesh:
+    """The mesh a model gets when none was given: this process's first device."""
+    return make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+
+
+def device_count(mesh: Mesh) -> int:
+    """How many devices ``mesh`` has."""
+    return int(np.prod(list(mesh.shape.values())))

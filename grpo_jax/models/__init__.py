@@ -1,0 +1,1 @@
+"""Models: the only folder that imports Flax. Everyone else holds a static ``Model`` and an opaque ``Params`` pytree."""

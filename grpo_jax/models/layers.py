@@ -1,0 +1,144 @@
+"""Flax NNX modules without attention: linear maps, norms, embedding, MLP; and how a parameter is declared.
+
+A parameter is declared once, as a ``Weight``: its shape, logical axes and start value. Initialisation, sharding, the
+checkpoint's target and the loader's checks all derive from it. Modules are split once, at build time; their forward
+passes see weights already cast to the compute dtype.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from grpo_jax.mesh import RULES, spec_for
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Declaration of a parameter: shape, a logical axis name (or None) per axis, start value (normal is 0.02)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    start: Literal["normal", "zeros", "ones"] = "normal"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How arrays are computed: the dtype, the matmul precision of every product, and the mesh.
+
+    Attributes:
+        dtype: "float32" or "bfloat16".
+        precision: "highest", "high" or "default", given to each matmul on each backend.
+        mesh: of every sharding constraint.
+    """
+
+    dtype: str
+    precision: str
+    mesh: Mesh
+
+    def dot(self, x: jax.Array, y: jax.Array, contract: Any, batch: Any = ((), ()), out: Any = None) -> jax.Array:
+        """``lax.dot_general`` at this precision, accumulated and returned in ``out`` (default: the dtype)."""
+        return jax.lax.dot_general(
+            x, y, (contract, batch), precision=self.precision, preferred_element_type=out or self.dtype
+        )
+
+    def einsum(self, pattern: str, x: jax.Array, y: jax.Array, out: Any = None) -> jax.Array:
+        """``jnp.einsum`` of two arrays at this precision, in ``out`` (default: the dtype)."""
+        return jnp.einsum(pattern, x, y, precision=self.precision, preferred_element_type=out or self.dtype)
+
+    def shard(self, x: jax.Array, *axes: str | None, rules: Mapping[str, tuple[str, ...]] = RULES) -> jax.Array:
+        """``x`` laid out by its logical axes; axes that do not divide are replicated."""
+        sharding = NamedSharding(self.mesh, spec_for(axes, x.shape, self.mesh, rules))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+
+class Linear(nnx.Module):
+    """``y[..., *out] = x[..., *in] W[*out, *in] + b[*out]``, the row order of Hugging Face's tensors."""
+
+    def __init__(
+        self,
+        compute: Compute,
+        out: dict[str, int],
+        into: dict[str, int],
+        bias: bool = False,
+    ):
+        """``out`` and ``into`` give logical axis -> size; names after a ``:`` only tell axes apart and are dropped."""
+        axes, shape = _names(out), tuple(out.values())
+        self.compute = compute
+        self.in_ndim = len(into)
+        self.kernel = nnx.Param(Weight(shape + tuple(into.values()), axes + _names(into)))
+        self.bias = nnx.Param(Weight(shape, axes, "zeros")) if bias else None
+
+    def __call__(self, x: jax.Array, out: Any = None) -> jax.Array:
+        """[..., *in] -> [..., *out] in ``out`` (default: the compute dtype)."""
+        kernel = self.kernel[...]
+        last = tuple(range(x.ndim - self.in_ndim, x.ndim)), tuple(range(kernel.ndim - self.in_ndim, kernel.ndim))
+        y = self.compute.dot(x, kernel, last, out=out)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, compute: Compute, width: int, eps: float):
+        """``eps`` is added to the mean square."""
+        self.compute, self.eps = compute, eps
+        self.scale = nnx.Param(Weight((width,), (None,), "ones"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] in the compute dtype."""
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * inverse * self.scale[...].astype(jnp.float32)).astype(self.compute.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D]."""
+
+    def __init__(self, compute: Compute, vocab: int, width: int):
+        """One row a token id."""
+        self.compute = compute
+        self.kernel = nnx.Param(Weight((vocab, width), ("vocab", "embed")))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[...] int32 -> [..., D]; ids outside the vocabulary are clipped."""
+        return jnp.take(self.kernel[...], tokens, axis=0, mode="clip")
+
+
+class MLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight, for decoding."""
+
+    def __init__(self, compute: Compute, width: int, ffn: int, bias: bool, fused: bool):
+        """``ffn`` is the inner width F."""
+        self.compute, self.fused = compute, fused
+        into = {"embed": width}
+        if fused:
+            self.gate_up = Linear(compute, {":half": 2, "ffn": ffn}, into, bias)
+        else:
+            self.gate = Linear(compute, {"ffn": ffn}, into, bias)
+            self.up = Linear(compute, {"ffn": ffn}, into, bias)
+        self.down = Linear(compute, {"embed": width}, {"ffn": ffn}, bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        if self.fused:
+            both = self.gate_up(x)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+def fuse_mlp(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of an ``MLP`` -> those of the same ``MLP`` with ``fused``."""
+    names = params["gate"]
+    both = {name: jnp.stack([params["gate"][name], params["up"][name]]) for name in names}
+    return {"gate_up": both, "down": params["down"]}
+
+
+def _names(sizes: dict[str, int]) -> tuple[str | None, ...]:
+    return tuple(None if name.startswith(":") else name for name in sizes)

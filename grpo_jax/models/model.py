@@ -1,0 +1,240 @@
+"""The facade: a static ``Model`` beside an opaque ``Params`` pytree.
+
+``Model`` is frozen and hashable: close over it, or pass it as a static argument. Its methods are plain functions of
+arrays, for use inside ``jax.jit``; those that say so are jitted themselves.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from grpo_jax.mesh import single_device_mesh, spec_for
+from grpo_jax.models import transformer
+from grpo_jax.models.layers import Compute, Weight
+from grpo_jax.models.spec import ModelSpec
+from grpo_jax.models.transformer import KeyValue, Layout
+from grpo_jax.types import Params
+
+View = Any
+"""Parameters for decoding, a pytree; see ``Model.decode_view``."""
+
+PromptCache = tuple[KeyValue, ...]
+"""For each layer k and v, each [Q, K, P, d]: a prompt's, kept once for its group."""
+
+Cache = tuple[KeyValue, ...]
+"""For each layer k and v, each [B, K, C, d]: of the sampled tokens. Its rows may be gathered, its C grown."""
+
+PRECISIONS = ("default", "high", "highest")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only language model.
+
+    Attributes:
+        spec: its facts.
+        dtype: "float32" or "bfloat16", what is computed in. Norms, rotary, softmax and logits are float32 always.
+        param_dtype: "float32" or "bfloat16", what is stored. float32 by default: at the learning rates of
+            reinforcement learning an update is less than half a bfloat16 step and would be lost.
+        precision: of every matmul on every backend; by default "highest" in float32 and "default" in bfloat16.
+        mesh: by default the first device alone.
+        remat: "none", "full", or "attention" (keep only the attention's output and projection for the backward pass).
+    """
+
+    spec: ModelSpec
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    precision: str | None = None
+    mesh: Mesh | None = None
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        """Fills the defaults in and checks the names."""
+        if self.precision is None:
+            object.__setattr__(self, "precision", "highest" if self.dtype == "float32" else "default")
+        if self.mesh is None:
+            object.__setattr__(self, "mesh", single_device_mesh())
+        _legal("dtype", self.dtype, COMPUTE_DTYPES)
+        _legal("param_dtype", self.param_dtype, COMPUTE_DTYPES)
+        _legal("precision", self.precision, PRECISIONS)
+        _legal("remat", self.remat, transformer.REMAT)
+
+    # The tables below are functions of the fields; a cached_property writes beside the frozen fields.
+
+    @cached_property
+    def compute(self) -> Compute:
+        """dtype, precision and mesh, as the modules take them."""
+        assert self.precision is not None and self.mesh is not None
+        return Compute(self.dtype, self.precision, self.mesh)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Static graphs and parameter declarations, built once."""
+        return transformer.build_layout(self.spec, self.compute)
+
+    @cached_property
+    def param_specs(self) -> Params:
+        """A PartitionSpec for each parameter."""
+        return jax.tree.map(lambda w: spec_for(w.axes, w.shape, self.compute.mesh), self.layout.weights)
+
+    @cached_property
+    def param_shardings(self) -> Params:
+        """A NamedSharding for each parameter."""
+        place = partial(NamedSharding, self.compute.mesh)
+        return jax.tree.map(lambda w: place(spec_for(w.axes, w.shape, self.compute.mesh)), self.layout.weights)
+
+    @cached_property
+    def abstract_params(self) -> Params:
+        """A sharded ShapeDtypeStruct for each parameter: the target of a checkpoint."""
+        dtype = jnp.dtype(self.param_dtype)
+        make = lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s)  # noqa: E731
+        return jax.tree.map(make, self.layout.weights, self.param_shardings)
+
+    @cached_property
+    def param_count(self) -> int:
+        """How many numbers the parameters hold; a tied head counts once."""
+        return sum(int(np.prod(weight.shape)) for weight in jax.tree.leaves(self.layout.weights))
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the logits, or None."""
+        return self.spec.softcap
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the logits, before the cap."""
+        return self.spec.logit_scale
+
+    def init(self, seed: int) -> Params:
+        """New parameters in their sharding: normal with deviation 0.02, biases 0, norm scales 1.
+
+        The same on every mesh. Jitted.
+        """
+        return jax.jit(partial(_init, self), out_shardings=self.param_shardings)(seed)
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        context_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [N, T, D] in ``dtype``; arguments are [N, T] int32.
+
+        A token attends to the columns not after its own whose segment id is not 0 and equals its own segment id or
+        its context id. Positions drive the rotary only. Columns of segment 0 are padding: their output is finite and
+        means nothing, and nothing reads them.
+        """
+        return transformer.hidden_states(self.layout, params, tokens, positions, segment_ids, context_ids, self.remat)
+
+    def unembedding(self, params: Params) -> jax.Array:
+        """The head [V, D] in ``dtype``, gathered over ``fsdp``, cut over ``tensor``; logits are ``hidden @ it.T``.
+
+        The natural layout of Hugging Face's tensor: nothing is transposed, and a tied embedding is not copied where
+        ``dtype`` is ``param_dtype``. ``logit_scale`` and ``softcap`` are applied by whoever forms the logits.
+        """
+        name = "embed" if self.spec.tied else "head"
+        weight = {"kernel": self.layout.weights["outer"][name]["kernel"]}
+        return transformer.use(self.layout, {"kernel": params["outer"][name]["kernel"]}, weight)["kernel"]
+
+    def logits(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """[N, T] int32, no padding -> [N, T, V] float32. Jitted; for users and tests, not for the loop."""
+        return _logits(self, params, jnp.asarray(tokens, jnp.int32))
+
+    def decode_view(self, params: Params) -> View:
+        """Parameters for decoding, made once per update: one cast to ``dtype``, gathered over ``fsdp``, one entry a
+        layer, q, k and v as one weight and gate and up as one. A second copy of the model; free it before training.
+        Jitted.
+        """  # noqa: D205
+        return _decode_view(self, params)
+
+    def prefill(self, view: View, tokens: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, PromptCache]:
+        """Prompts [Q, P] int32 of lengths [Q], at least 1 -> hidden [Q, D] at each one's last token, and its cache."""
+        return transformer.prefill(self.layout, view, tokens, prompt_len)
+
+    def init_cache(self, rows: int, length: int) -> Cache:
+        """Zeros [B, K, C, d] twice a layer in ``dtype``, rows over data and fsdp, key heads over tensor."""
+
+        def zeros(kv_heads: int, head_dim: int) -> jax.Array:
+            empty = jnp.zeros((rows, kv_heads, length, head_dim), self.dtype)
+            return self.compute.shard(empty, "batch", "kv_heads", None, None)
+
+        shapes = [(layer.kv_heads, layer.head_dim) for layer in self.spec.layers]
+        return tuple((zeros(*shape), zeros(*shape)) for shape in shapes)
+
+    def decode(
+        self,
+        view: View,
+        prompt_cache: PromptCache,
+        prompt_len: jax.Array,
+        cache: Cache,
+        cache_len: jax.Array,
+        tokens: jax.Array,
+    ) -> tuple[jax.Array, Cache]:
+        """One new token in each row: row ``q * G + g`` goes on from prompt q.
+
+        Args:
+            view: from ``decode_view``.
+            prompt_cache: from ``prefill``.
+            prompt_len: [Q] int32.
+            cache: from ``init_cache`` or the step before; donate it.
+            cache_len: [B] int32, tokens the row has in ``cache``; the new one goes to that column, and at C or more
+                nowhere (a row that is done may go on being called).
+            tokens: [B] int32, B = Q * G.
+
+        Returns:
+            hidden [B, D] of the new tokens, after the final norm, and the cache.
+        """
+        if tokens.shape[0] % prompt_len.shape[0]:
+            raise ValueError(
+                f"got {tokens.shape[0]} rows for {prompt_len.shape[0]} prompts; every prompt has the same number of "
+                "rows; pad the rows to a multiple of the prompts"
+            )
+        return transformer.decode(self.layout, view, prompt_cache, prompt_len, cache, cache_len, tokens)
+
+    def head(self, view: View, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] float32, scaled and capped."""
+        return self._unembed(view["outer"]["embed" if self.spec.tied else "head"]["kernel"], hidden)
+
+    def _unembed(self, weight: jax.Array, hidden: jax.Array) -> jax.Array:
+        contract = ((hidden.ndim - 1,), (1,))
+        logits = self.compute.dot(hidden, weight, contract, out=jnp.float32)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model: Model, params: Params, tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    hidden = model.hidden(params, tokens, positions, jnp.ones_like(tokens))
+    return model._unembed(model.unembedding(params), hidden)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode_view(model: Model, params: Params) -> View:
+    return transformer.decode_view(model.layout, params)
+
+
+def _init(model: Model, seed: jax.Array) -> Params:
+    weights, tree = jax.tree.flatten(model.layout.weights)
+    keys = jax.random.split(jax.random.key(seed), len(weights))
+
+    def start(weight: Weight, key: jax.Array) -> jax.Array:
+        if weight.start == "normal":
+            return (0.02 * jax.random.normal(key, weight.shape)).astype(model.param_dtype)
+        return jnp.full(weight.shape, 1.0 if weight.start == "ones" else 0.0, model.param_dtype)
+
+    return jax.tree.unflatten(tree, [start(weight, key) for weight, key in zip(weights, keys, strict=True)])
+
+
+def _legal(name: str, value: str | None, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name}: got {value!r}; it is not one of the legal values; use one of: {', '.join(legal)}")

@@ -1,0 +1,257 @@
+"""The decoder: a block, its stacks, and the three ways through it (training rows, prefill, one decoding step).
+
+Declarations (``Layout``) are built once from a spec. From there on parameters are a plain nested dict:
+``{"outer": {...}, "layers": {"<run>.<place in pattern>": {...}}}``, each leaf under "layers" stacked over the run's
+repeats.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from grpo_jax.mesh import GATHERED_RULES
+from grpo_jax.models.attention import (
+    Attention,
+    Rotation,
+    attend,
+    attend_cached,
+    fuse_attention,
+    rotation,
+    segment_mask,
+    write_column,
+)
+from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, fuse_mlp
+from grpo_jax.models.spec import LayerSpec, ModelSpec, RotarySpec, Run
+
+KeyValue = tuple[jax.Array, jax.Array]
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""(q, k, v) -> what the queries read, and anything to carry out of the block."""
+
+REMAT = ("none", "full", "attention")
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
+        """``fused`` is for decoding: qkv in one weight, gate and up in one."""
+        self.input_norm = RMSNorm(compute, layer.width, layer.norm_eps)
+        self.attention = Attention(compute, layer, fused)
+        self.mlp_norm = RMSNorm(compute, layer.width, layer.norm_eps)
+        self.mlp = MLP(compute, layer.width, layer.ffn, layer.mlp_bias, fused)
+
+    def __call__(self, x: jax.Array, turn: Rotation, mix: Mix) -> tuple[jax.Array, Any]:
+        """[..., D] -> [..., D], and what ``mix`` carries out."""
+        mixed, carried = mix(*self.attention.project(self.input_norm(x), turn))
+        x = x + checkpoint_name(self.attention.merge(checkpoint_name(mixed, "attention")), "attention")
+        return x + self.mlp(self.mlp_norm(x)), carried
+
+
+class Outer(nnx.Module):
+    """What is outside the layers: embedding, final norm, and the head where it is not the embedding."""
+
+    def __init__(self, compute: Compute, spec: ModelSpec):
+        """The head's weight is [V, D], like the embedding's."""
+        self.embed = Embedding(compute, spec.vocab, spec.width)
+        self.norm = RMSNorm(compute, spec.width, spec.norm_eps)
+        self.head = None if spec.tied else Linear(compute, {"vocab": spec.vocab}, {"embed": spec.width})
+
+    def unembedding(self) -> jax.Array:
+        """[V, D]."""
+        return (self.embed if self.head is None else self.head).kernel[...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Static graphs and declarations of a model.
+
+    Attributes:
+        compute: dtype, precision, mesh.
+        runs: of layers.
+        outer: graph of ``Outer``.
+        blocks: graph and declarations of ``Block`` for each distinct layer.
+        fused: the same for decoding.
+        weights: nested dict of ``Weight``: the parameters.
+    """
+
+    compute: Compute
+    runs: tuple[Run, ...]
+    outer: nnx.GraphDef
+    blocks: dict[LayerSpec, tuple[nnx.GraphDef, dict[str, Any]]]
+    fused: dict[LayerSpec, tuple[nnx.GraphDef, dict[str, Any]]]
+    weights: dict[str, Any]
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Every layer in order."""
+        return tuple(layer for run in self.runs for _ in range(run.repeats) for layer in run.pattern)
+
+    @property
+    def rotaries(self) -> set[tuple[RotarySpec, int]]:
+        """The distinct rotaries and their head_dim."""
+        return {(layer.rotary, layer.head_dim) for layer in self.layers}
+
+
+def build_layout(spec: ModelSpec, compute: Compute) -> Layout:
+    """Builds every module once and splits it."""
+    outer, weights = _split(Outer(compute, spec))
+    blocks = {layer: _split(Block(compute, layer, False)) for layer in dict.fromkeys(spec.layers)}
+    fused = {layer: _split(Block(compute, layer, True)) for layer in blocks}
+    stacks = {
+        name: jax.tree.map(lambda w, n=run.repeats: replace(w, shape=(n, *w.shape), axes=("layers", *w.axes)), tree)
+        for run_index, run in enumerate(spec.runs)
+        for name, tree in [(stack_name(run_index, i), blocks[layer][1]) for i, layer in enumerate(run.pattern)]
+    }
+    return Layout(compute, spec.runs, outer, blocks, fused, {"outer": weights, "layers": stacks})
+
+
+def stack_name(run: int, place: int) -> str:
+    """Key of a stack under "layers"."""
+    return f"{run}.{place}"
+
+
+def layer_places(runs: tuple[Run, ...]) -> list[tuple[str, int]]:
+    """For each layer in order, its stack's name and its index in the stack."""
+    return [
+        (stack_name(run_index, place), repeat)
+        for run_index, run in enumerate(runs)
+        for repeat in range(run.repeats)
+        for place in range(len(run.pattern))
+    ]
+
+
+def hidden_states(
+    layout: Layout,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    context_ids: jax.Array | None,
+    remat: str,
+) -> jax.Array:
+    """Training rows: [N, T] -> [N, T, D] after the final norm; layers are scanned."""
+    compute = layout.compute
+    outer = nnx.merge(layout.outer, use(layout, params["outer"], layout.weights["outer"]))
+    mask = segment_mask(segment_ids, context_ids)
+    turns = {key: rotation(*key, positions) for key in layout.rotaries}
+    x = compute.shard(outer.embed(tokens), "batch", None, None)
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attend(compute, q, k, v, mask), None
+
+    for index, run in enumerate(layout.runs):
+
+        def body(x: jax.Array, stacked: list[Any], run: Run = run) -> tuple[jax.Array, None]:
+            for layer, weights in zip(run.pattern, stacked, strict=True):
+                graph, declared = layout.blocks[layer]
+                block = nnx.merge(graph, use(layout, weights, declared))
+                x, _ = block(x, turns[layer.rotary, layer.head_dim], mix)
+                x = compute.shard(x, "batch", None, None)
+            return x, None
+
+        stacks = [params["layers"][stack_name(index, place)] for place in range(len(run.pattern))]
+        x, _ = jax.lax.scan(_remat(body, remat), x, stacks)
+    return outer.norm(x)
+
+
+def use(layout: Layout, params: Any, weights: Any) -> Any:
+    """Parameters where they are used: in the compute dtype, gathered over ``fsdp``, cut over ``tensor``."""
+    compute = layout.compute
+
+    def one(weight: Weight, x: jax.Array) -> jax.Array:
+        return compute.shard(x.astype(compute.dtype), *weight.axes, rules=GATHERED_RULES)
+
+    return jax.tree.map(one, weights, params)
+
+
+def decode_view(layout: Layout, params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters for decoding: cast, gathered over ``fsdp``, fused, and one entry a layer."""
+    layers = []
+    for layer, (name, index) in zip(layout.layers, layer_places(layout.runs), strict=True):
+        one = jax.tree.map(lambda x, i=index: x[i], params["layers"][name])
+        one = one | {"attention": fuse_attention(one["attention"]), "mlp": fuse_mlp(one["mlp"])}
+        layers.append(use(layout, one, layout.fused[layer][1]))
+    return {"outer": use(layout, params["outer"], layout.weights["outer"]), "layers": tuple(layers)}
+
+
+def prefill(
+    layout: Layout, view: dict[str, Any], tokens: jax.Array, prompt_len: jax.Array
+) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+    """Prompts [Q, P] -> the hidden state of each one's last token [Q, D], and keys and values [Q, K, P, d] a layer."""
+    compute = layout.compute
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    mask = segment_mask((positions < prompt_len[:, None]).astype(jnp.int32), None)
+
+    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
+        return attend(compute, q, k, v, mask), (to_cache(compute, k), to_cache(compute, v))
+
+    outer = nnx.merge(layout.outer, view["outer"])
+    x = compute.shard(outer.embed(tokens), "batch", None, None)
+    x, cache = _unrolled(layout, view, x, positions, lambda _: mix)
+    last = jnp.take_along_axis(x, (prompt_len - 1)[:, None, None], axis=1)[:, 0]
+    return outer.norm(last), cache
+
+
+def decode(
+    layout: Layout,
+    view: dict[str, Any],
+    prompt_cache: tuple[KeyValue, ...],
+    prompt_len: jax.Array,
+    cache: tuple[KeyValue, ...],
+    cache_len: jax.Array,
+    tokens: jax.Array,
+) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+    """One token a row: [B] -> its hidden state [B, D], and the cache with its keys and values at ``cache_len``."""
+    compute = layout.compute
+    group = tokens.shape[0] // prompt_len.shape[0]
+    prompt_mask = jnp.arange(prompt_cache[0][0].shape[2]) < prompt_len[:, None]
+    own_mask = jnp.arange(cache[0][0].shape[2]) <= cache_len[:, None]
+
+    def mix_at(layer: int) -> Mix:
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
+            keys, values = cache[layer]
+            own = write_column(keys, k, cache_len), write_column(values, v, cache_len)
+            return attend_cached(compute, q, prompt_cache[layer], prompt_mask, own, own_mask), own
+
+        return mix
+
+    outer = nnx.merge(layout.outer, view["outer"])
+    x = compute.shard(outer.embed(tokens), "batch", None)
+    positions = jnp.repeat(prompt_len, group, total_repeat_length=tokens.shape[0]) + cache_len
+    x, cache = _unrolled(layout, view, x, positions, mix_at)
+    return outer.norm(x), cache
+
+
+def to_cache(compute: Compute, x: jax.Array) -> jax.Array:
+    """[Q, P, K, d] -> [Q, K, P, d], rows over data and fsdp, heads over tensor."""
+    return compute.shard(jnp.swapaxes(x, 1, 2), "batch", "kv_heads", None, None)
+
+
+def _unrolled(
+    layout: Layout, view: dict[str, Any], x: jax.Array, positions: jax.Array, mix_at: Callable[[int], Mix]
+) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+    turns = {key: rotation(*key, positions) for key in layout.rotaries}
+    cache = []
+    for index, (layer, weights) in enumerate(zip(layout.layers, view["layers"], strict=True)):
+        block = nnx.merge(layout.fused[layer][0], weights)
+        x, carried = block(x, turns[layer.rotary, layer.head_dim], mix_at(index))
+        cache.append(carried)
+    return x, tuple(cache)
+
+
+def _remat(body: Callable, remat: str) -> Callable:
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return body
+    policy = policies.nothing_saveable if remat == "full" else policies.save_only_these_names("attention")
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
