@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from grpo_jax.rewards.call import Batch, RewardProblem, checked, raised
@@ -54,9 +55,9 @@ class LocalRewards:
         begun: dict[int, Any] = {}
         try:
             for number, (name, function) in self._functions.items():
-                begun[number] = self._guard(name, function, batch, lambda f=function: self._begin(f, batch))
+                begun[number] = self._guard(name, function, batch, partial(self._begin, function, batch))
             return {
-                number: self._guard(name, function, batch, lambda n=number: _finish(begun[n], len(batch)))
+                number: self._guard(name, function, batch, partial(_finish, begun[number], len(batch)))
                 for number, (name, function) in self._functions.items()
             }
         finally:

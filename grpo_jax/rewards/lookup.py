@@ -71,6 +71,8 @@ def _find(spec: str, table: Mapping[str, Reward]) -> Reward:
 def _load_module(spec: str, place: str) -> dict[str, Any]:
     try:
         return vars(importlib.import_module(place))
+    except MemoryError:
+        raise  # about the process, as in a call
     except Exception as error:
         raise ValueError(
             f"reward {spec!r}: importing {place!r} raised {type(error).__name__}: {error}; "
@@ -92,6 +94,8 @@ def _load_file(spec: str, path: Path) -> dict[str, Any]:
     sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
+    except MemoryError:
+        raise  # about the process, as in a call
     except Exception as error:
         raise ValueError(
             f"reward {spec!r}: running {path} raised {type(error).__name__}: {error}; repair the file"

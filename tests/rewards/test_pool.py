@@ -1,0 +1,314 @@
+"""The contract of rewards: what a function says arrives exactly, and what it must not say is named."""
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax.rewards import REWARDS, RewardPool
+from grpo_jax.rewards.call import RewardProblem, checked
+
+from . import hostile
+
+HOSTILE = Path(hostile.__file__)
+WAYS = ["worker", "here"]
+
+
+def reward(way, name):
+    return f"{HOSTILE}:{name}" if way == "worker" else getattr(hostile, name)
+
+
+def score(pool, completions, **columns):
+    completions = list(completions)
+    return pool.score(completions, completions, [[len(text)] for text in completions], columns)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_values_none_and_nan(way):
+    with RewardPool([reward(way, "answers")]) as pool:
+        said = [1, 0.1, True, None, "nan", "fraction", -0.0]
+        scores = score(pool, ["x"] * 7, given=said)
+    np.testing.assert_array_equal(scores.values, [[1, 0.1, 1, np.nan, np.nan, 0.25, 0]])
+    assert scores.values.dtype == np.float64 and scores.names == ("answers",)
+    assert scores.messages == () and scores.timeout_counts == (0,) and scores.crash_counts == (0,)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", ["inf", "-inf", "huge", "large", "a string", [1.0], {"a": 1}, [1.0, 2.0]])
+def test_a_wrong_value_names_function_row_and_value(way, value):
+    shown = {"huge": "10000", "large": "1e\\+39", "a string": "'a string'"}.get(value if isinstance(value, str) else "")
+    with RewardPool([reward(way, "answers")]) as pool:
+        with pytest.raises(ValueError, match=f"reward 'answers', row 2: returned {shown or ''}"):
+            score(pool, ["x"] * 4, given=[0.0, None, value, 1.0])
+        np.testing.assert_array_equal(score(pool, ["x"], given=[2.0]).values, [[2.0]])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("wrong_length", "returned 4 rewards for 3 completions"),
+        ("text", "returned '111', a str"),
+        ("nothing", "returned None, a NoneType"),
+    ],
+)
+def test_a_wrong_return_names_the_function(way, name, says):
+    with (
+        RewardPool([reward(way, name)]) as pool,
+        pytest.raises(ValueError, match=f"reward '{name}': {says}.*list of 3"),
+    ):
+        score(pool, "abc")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_iterates_is_enough(way):
+    with RewardPool([reward(way, "generator")]) as pool:
+        np.testing.assert_array_equal(score(pool, ["", "ab"]).values, [[0, 2]])
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(2), np.bool_(True), np.array(3.0)])
+def test_numpy_numbers_are_numbers(value):
+    assert checked([value, None], 2) == [float(value), None]
+    assert checked(np.array([1.0, np.nan]), 2) == [1.0, None]
+    with pytest.raises(RewardProblem):
+        checked([1 + 2j], 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", range(5))
+def test_an_exception_names_the_row_and_the_message(way, bad, capfd):
+    completions = ["12345"] * 5
+    completions[bad] = "123"
+    with RewardPool([reward(way, "divides")]) as pool:
+        with pytest.raises(
+            ValueError, match=f"reward 'divides', row {bad}: raised ZeroDivisionError: .*division by zero"
+        ):
+            score(pool, completions)
+        np.testing.assert_array_equal(score(pool, ["12345"]).values, [[0.5]])
+    err = capfd.readouterr().err
+    assert "Traceback" in err and "hostile.py" in err and "in divides" in err
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("how", "kind"), [("quits", "Quits"), ("exit", "SystemExit"), ("cancel", "CancelledError")])
+def test_exceptions_that_are_no_exception(way, how, kind):
+    with RewardPool([reward(way, "quits")]) as pool:
+        with pytest.raises(ValueError, match=f"reward 'quits', row 1: raised {kind}"):
+            score(pool, "abc", how=["", how, ""])
+        np.testing.assert_array_equal(score(pool, "a", how=[""]).values, [[1.0]])
+
+
+def test_keyboard_interrupt_is_a_problem_there_and_the_users_here():
+    with RewardPool([reward("worker", "quits")]) as pool, pytest.raises(ValueError, match="KeyboardInterrupt"):
+        score(pool, "a", how=["interrupt"])
+    with RewardPool([reward("here", "quits")]) as pool, pytest.raises(KeyboardInterrupt):
+        score(pool, "a", how=["interrupt"])
+
+
+def test_an_error_that_no_row_repeats_names_no_row():
+    calls = []
+
+    def once(completions, **columns):
+        calls.append(len(completions))
+        if len(calls) == 1:
+            raise RuntimeError("only once")
+        return [0.0] * len(completions)
+
+    with RewardPool([once]) as pool, pytest.raises(ValueError, match="reward 'once': raised RuntimeError: only once"):
+        score(pool, ["a"] * 64)
+    assert sum(calls) <= 2 * 64
+
+
+def test_arguments_arrive_by_keyword_as_they_were():
+    texts = ["", "\0", "\ud800 lone", "\u2028\r\n\x85", "🦀" * 3, "a" * 1_000_000, '"}\n{"']
+    lengths = [len(text) for text in texts]
+    with RewardPool([reward("worker", "columns_back"), reward("here", "columns_back")]) as pool:
+        scores = score(pool, texts, number=np.array(lengths), other=[None, {"a": [1, 2.5]}, "x", True, [], "\ud800", 3])
+    np.testing.assert_array_equal(scores.values, np.ones((2, 7)))
+
+
+@pytest.fixture(scope="module")
+def builtins():
+    with RewardPool(list(REWARDS), parameters={"soft_overlong": {"max_completion_len": 9}}) as pool:
+        yield pool
+
+
+@settings(max_examples=60, deadline=None)
+@given(completions=st.lists(st.text(st.characters(codec=None, exclude_categories=[])), min_size=1, max_size=5))
+def test_any_string_through_the_builtins(builtins, completions):
+    scores = builtins.score(completions, completions, [[0]] * len(completions), {"answer": completions})
+    assert np.isfinite(scores.values).all() and scores.messages == ()
+
+
+def test_a_function_cannot_change_what_others_get():
+    def clears(prompts, completions, completion_ids, answer, **columns):
+        rewards = [1.0] * len(completions)
+        for argument in (prompts, completions, completion_ids, answer):
+            argument.clear()
+        return rewards
+
+    with RewardPool([clears, clears, "exact_match"]) as pool:
+        np.testing.assert_array_equal(score(pool, ["3", "4"], answer=["3", "5"]).values, [[1, 1], [1, 1], [1, 0]])
+
+
+def test_weights_are_not_renormalised_and_silence_is_nan():
+    def first(completions, **columns):
+        return [1.0, None, 3.0, None]
+
+    def second(completions, **columns):
+        return [0.5, 0.25, float("nan"), None]
+
+    with RewardPool([first, second], weights=[2.0, -1.0]) as pool:
+        np.testing.assert_array_equal(score(pool, "abcd").total, [1.5, -0.25, 6.0, np.nan])
+    with RewardPool([first, second], weights=[2e38, 1.0]) as pool:
+        with pytest.raises(ValueError, match="rewards, row 2: the weighted sum .* too large"):
+            score(pool, "abcd")
+
+
+def test_names_are_unique():
+    with RewardPool(["exact_match", "exact_match", lambda completions, **columns: [0.0]]) as pool:
+        assert pool.names == ("exact_match", "exact_match_2", "<lambda>")
+
+
+def test_no_completions():
+    with RewardPool(["exact_match", reward("here", "obey")]) as pool:
+        scores = pool.score([], [], [], {"answer": []})
+    assert scores.values.shape == (2, 0) and scores.total.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"specs": []}, "got none"),
+        ({"specs": [3]}, "got 3, which is neither"),
+        ({"specs": ["exact_match"], "weights": [1.0, 2.0]}, "got 2 for 1 rewards"),
+        ({"specs": ["exact_match"], "weights": [float("nan")]}, "a weight is finite"),
+        ({"specs": ["exact_match"], "timeout_seconds": 0}, "got 0"),
+        ({"specs": ["exact_match"], "memory_limit_mb": 8}, "got 8"),
+        ({"specs": ["exact_match"], "parameters": {"soft_overlong": {}}}, "soft_overlong.*not among the rewards"),
+        ({"specs": ["exakt"]}, "no built-in of that name; use one of answer_format"),
+        ({"specs": ["no_file.py:f", "exact_match"]}, "no file 'no_file.py'"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused_at_once(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        RewardPool(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"answer": ["1"]}, "column 'answer': got 1 entries for 2 completions"),
+        ({"prompts": ["1", "2"]}, r"columns \['prompts'\]: these names are arguments"),
+        ({"answer": ["1", "2"], "when": [object(), 1]}, "column 'when': cannot be sent"),
+    ],
+)
+def test_columns_that_cannot_be(columns, says):
+    with RewardPool(["exact_match"]) as pool, pytest.raises(ValueError, match=says):
+        pool.score(["a", "b"], ["a", "b"], [[1], [1]], columns)
+
+
+def test_a_missing_column_says_so():
+    with RewardPool(["exact_match"]) as pool, pytest.raises(ValueError, match="'exact_match'.*TypeError.*'answer'"):
+        score(pool, "ab")
+
+
+class Judge:
+    """A callable object whose call is a coroutine."""
+
+    async def __call__(self, completions, **columns):
+        await asyncio.sleep(0.2)
+        return [float(len(text)) for text in completions]
+
+
+async def fails(completions, **columns):
+    await asyncio.sleep(0)
+    return [1 / len(text) for text in completions]
+
+
+def test_async_functions_and_closures():
+    seen = []
+
+    async def closure(completions, **columns):
+        seen.append(threading.current_thread())
+        await asyncio.sleep(0.01)
+        return [float(len(seen))] * len(completions)
+
+    with RewardPool([reward("worker", "waits"), reward("here", "waits"), closure, Judge()]) as pool:
+        np.testing.assert_array_equal(score(pool, ["a", "bcd"]).values, [[1, 3], [1, 3], [1, 1], [1, 3]])
+        assert pool.names == ("waits", "waits_2", "closure", "Judge")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_event_loop_for_all_calls(way):
+    with RewardPool([reward(way, "same_loop")]) as pool:
+        for _ in range(3):
+            np.testing.assert_array_equal(score(pool, "ab").values, [[1, 1]])
+
+
+def test_async_functions_overlap():
+    with RewardPool([Judge()] * 10) as pool:
+        score(pool, "a")
+        begun = time.monotonic()
+        score(pool, "a")
+        assert time.monotonic() - begun < 1.5  # one after the other: 2.0 s
+
+
+def test_inside_a_running_event_loop():
+    async def notebook_cell():
+        with RewardPool([reward("worker", "waits"), reward("here", "waits"), Judge(), fails]) as pool:
+            scores = score(pool, ["a", "bcd"])
+            with pytest.raises(ValueError, match="reward 'fails', row 1: raised ZeroDivisionError"):
+                score(pool, ["a", ""])
+        return scores.values
+
+    np.testing.assert_array_equal(asyncio.run(notebook_cell()), [[1, 3], [1, 3], [1, 3], [1, 1 / 3]])
+
+
+def test_workers_run_at_the_same_time_and_apart():
+    with RewardPool([reward("worker", "slow")] * 4 + [reward("worker", "process_id")] * 2) as pool:
+        begun = time.monotonic()
+        scores = score(pool, "ab")
+        assert time.monotonic() - begun < 1.5  # one after the other: 2.0 s
+    assert scores.values[4, 0] != scores.values[5, 0]
+
+
+def test_the_worker_imports_little_and_rewards_never_import_jax(tmp_path):
+    heavy = tmp_path / "heavy.py"
+    heavy.write_text(
+        "import sys\n"
+        "HEAVY = ('jax', 'numpy', 'transformers', 'asyncio')\n"
+        "def heavy(completions, **columns): return [float(sum(name in sys.modules for name in HEAVY))]\n"
+    )
+    with RewardPool([f"{heavy}:heavy"]) as pool:
+        np.testing.assert_array_equal(score(pool, "a").values, [[0.0]])
+    code = "import sys, grpo_jax.rewards; print([m for m in ('jax', 'numpy', 'asyncio') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = "import sys, grpo_jax.rewards.pool; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path):
+    (tmp_path / "beside.py").write_text("def one(completions, **columns): return [1.0] * len(completions)\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            print("script runs")
+            from grpo_jax.rewards import RewardPool
+            pool = RewardPool(["beside:one", "exact_match", lambda completions, **columns: [2.0]])
+            print(pool.score(["a"], ["3"], [[1]], {"answer": ["3"]}).values.tolist())
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=30, cwd="/")
+    assert done.stdout.splitlines() == ["script runs", "[[1.0], [1.0], [2.0]]"]
+    assert done.returncode == 0 and done.stderr == ""
