@@ -29,6 +29,7 @@ class Family:
     """What sets a family apart.
 
     Attributes:
+        architecture: the name of the class in transformers, for the config.json of a model made here.
         qkv_bias, out_bias, mlp_bias: a fixed fact, or the name of the bool field of config.json that says it.
         layer: path in a layer's parameters -> tensor. Paths that a config has no parameter for are not looked up.
         outer: path in the parameters outside the layers -> tensor.
@@ -38,6 +39,7 @@ class Family:
         rope_theta, rms_norm_eps: defaults.
     """
 
+    architecture: str
     qkv_bias: bool | str
     out_bias: bool | str
     mlp_bias: bool | str
@@ -94,6 +96,7 @@ def qwen2_windows(config: Config) -> tuple[int | None, ...]:
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
+        architecture="LlamaForCausalLM",
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -103,6 +106,7 @@ FAMILIES: Mapping[str, Family] = {
         windows=full_attention,
     ),
     "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
         qkv_bias=True,
         out_bias=False,
         mlp_bias=False,

@@ -101,6 +101,15 @@ class Model:
         """How many numbers the parameters hold; a tied head counts once."""
         return sum(int(np.prod(weight.shape)) for weight in jax.tree.leaves(self.layout.weights))
 
+    @cached_property
+    def decay_mask(self) -> Params:
+        """A bool for each parameter: True for matrices, False for biases and norm scales."""
+        return jax.tree.map(lambda w: w.start == "normal", self.layout.weights)
+
+    def scale_matrices(self, params: Params, scale: float) -> Params:
+        """``params`` with every matrix times ``scale``: a fresh model is close to uniform, a scaled one is not."""
+        return jax.tree.map(lambda x, matrix: x * scale if matrix else x, params, self.decay_mask)
+
     @property
     def softcap(self) -> float | None:
         """Cap of the logits, or None."""

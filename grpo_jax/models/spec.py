@@ -64,8 +64,9 @@ class ModelSpec:
         norm_eps: of the final norm.
         max_len: ``max_position_embeddings``; beyond it the rotary is extrapolated, nothing else fails.
         logit_scale, softcap: logits are ``softcap * tanh(logit_scale * h W / softcap)``, without the cap if None.
+        stop_ids: tokens that end a text, ascending: ``eos_token_id`` of config.json, and what ``load_model`` adds.
         dtype: what config.json says the tensors are in, or None.
-        hf_config: the config.json it was read from, as JSON text, for export. Neither this nor dtype is compared.
+        hf_config: the config.json it was read from, as JSON text, for export. The last three are not compared.
     """
 
     family: str
@@ -77,6 +78,7 @@ class ModelSpec:
     max_len: int
     logit_scale: float = 1.0
     softcap: float | None = None
+    stop_ids: tuple[int, ...] = field(default=(), compare=False)
     dtype: str | None = field(default=None, compare=False)
     hf_config: str = field(default="{}", compare=False, repr=False)
 
@@ -108,6 +110,7 @@ class ModelSpec:
             tied=_flag(config, "tie_word_embeddings"),
             norm_eps=layer.norm_eps,
             max_len=_size(config, "max_position_embeddings"),
+            stop_ids=read_stop_ids(config),
             dtype=_dtype(config),
             hf_config=json.dumps(config),
         )
@@ -120,6 +123,19 @@ class ModelSpec:
     def __hash__(self) -> int:
         """From a few fields: a spec is a static argument of every jitted call, and equality decides anyway."""
         return hash((self.family, self.vocab, self.width, len(self.layers), self.layers[0], self.tied))
+
+
+def read_stop_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """``eos_token_id`` of a config.json or generation_config.json: an id, a list of them, or nothing; ascending.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise _error("eos_token_id", value, "a token id or a list of them is needed", "check the config")
+    return tuple(sorted(set(ids)))
 
 
 def cut_runs(layers: tuple[LayerSpec, ...]) -> tuple[Run, ...]:

@@ -1,0 +1,339 @@
+"""Hugging Face directories in and out, strict both ways: ``load_model`` and ``save_hf``.
+
+Tensors go one at a time. A stacked parameter is filled layer by layer into one host buffer and put into its sharding,
+so that host memory is bounded by the largest stacked parameter; on the way out one layer's tensor is gathered at a
+time, and a shard's tensors are held until it is written.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from grpo_jax.models import transformer
+from grpo_jax.models.checkpoint_files import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TensorFile,
+    checkpoint_directory,
+    has_tensors,
+    open_tensors,
+    read_json,
+)
+from grpo_jax.models.families import FAMILIES
+from grpo_jax.models.model import Model
+from grpo_jax.models.spec import DTYPES, ModelSpec, read_stop_ids
+from grpo_jax.types import Params
+
+GENERATION = "generation_config.json"
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+)
+"""Files that ``save_hf`` copies from the source where they exist."""
+
+SHARD_BYTES = 5_000_000_000
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Hugging Face tensor: its name and shape, and where it lies in the parameters (``index``: in a stack)."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: int | None
+
+
+def tensor_entries(model: Model) -> Params:
+    """For each parameter the entries of its tensors: one, or one for each layer of its stack."""
+    family, weights = FAMILIES[model.spec.family], model.layout.weights
+    numbers: dict[str, list[int]] = {}
+    for number, (name, _) in enumerate(transformer.layer_places(model.spec.runs)):
+        numbers.setdefault(name, []).append(number)
+
+    def outer(path: Any, weight: Any) -> list[Entry]:
+        tensor = family.outer[_dotted(path)]
+        return [Entry(tensor.name, _joined(weight.shape, tensor.joins), None)]
+
+    def stacked(layers: list[int], path: Any, weight: Any) -> list[Entry]:
+        tensor = family.layer[_dotted(path)]
+        shape = _joined(weight.shape[1:], tensor.joins)
+        return [Entry(tensor.name.format(i=number), shape, index) for index, number in enumerate(layers)]
+
+    stacks = {
+        name: jax.tree_util.tree_map_with_path(partial(stacked, numbers[name]), tree)
+        for name, tree in weights["layers"].items()
+    }
+    return {"outer": jax.tree_util.tree_map_with_path(outer, weights["outer"]), "layers": stacks}
+
+
+def load_model(
+    directory: str | Path,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    param_dtype: str | None = None,
+    precision: str | None = None,
+    remat: str = "none",
+) -> tuple[Model, Params]:
+    """Loads a Hugging Face directory; needs config.json and safetensors, no tokenizer.
+
+    Args:
+        directory: with config.json and model.safetensors, or model.safetensors.index.json and its files.
+        dtype: what is computed in, "float32" or "bfloat16".
+        mesh: the parameters go straight into their sharding on it; by default the first device.
+        param_dtype: what the parameters are stored in, float32 by default, see ``Model``.
+        precision, remat: see ``Model``.
+
+    Raises:
+        ValueError: not a checkpoint, an unsupported one, a damaged file, a missing, unexpected or misshapen tensor.
+    """
+    path = checkpoint_directory(directory)
+    model = Model(_read_spec(path), dtype, param_dtype or "float32", precision, mesh, remat)
+    with open_tensors(path) as tensors:
+        entries = tensor_entries(model)
+        _check(model, jax.tree.leaves(entries), tensors)
+        is_list = lambda node: isinstance(node, list)  # noqa: E731
+        params = jax.tree.map(partial(_read, tensors), entries, model.abstract_params, is_leaf=is_list)
+    return model, params
+
+
+def save_hf(
+    model: Model,
+    params: Params,
+    directory: str | Path,
+    source: str | Path | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face directory that transformers, and ``load_model``, load with the same logits.
+
+    On several hosts every process calls this and the first writes. Every file is first written under another name,
+    and config.json gets its name last: what a crash leaves is the old checkpoint, or no checkpoint.
+
+    Args:
+        model: of the parameters.
+        params: what is written.
+        directory: made if it is not there. Tensor files of an older checkpoint in it are replaced, the rest stays.
+        source: the directory the model came from: its config.json is kept whole, its tokenizer, chat template and
+            generation_config.json are copied, and each tensor has the dtype it has there. It may be ``directory``.
+        dtype: "float32", "bfloat16" or "float16" for every tensor instead. Without a source it is by default the
+            dtype that config.json names, else the parameters'.
+        shard_bytes: the largest size of a file of tensors (a larger tensor has a file to itself).
+
+    Raises:
+        ValueError: an unknown dtype, or a source or config of another model.
+    """
+    target, origin = Path(directory), None if source is None else checkpoint_directory(source)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; tensors are written in {', '.join(DTYPES)}; use one of them")
+    config = json.loads(model.spec.hf_config) if origin is None else read_json(origin / CONFIG)
+    if ModelSpec.from_hf(config) != model.spec:
+        where = "the model's own config" if origin is None else origin / CONFIG
+        raise ValueError(f"{where}: got the config of another model; what is saved would not load; check the source")
+    default = dtype or model.spec.dtype or model.param_dtype
+    dtypes = {} if origin is None or dtype is not None else _source_dtypes(origin)
+    shards = _plan_shards(jax.tree.leaves(tensor_entries(model)), dtypes, default, shard_bytes)
+    writer = jax.process_index() == 0
+    files = _write_tensors(model, params, target, shards, dtypes, default, writer)
+    if writer:
+        files += _write_small(target, origin, _config_text(model, config, origin, dtype, default))
+        _put_in_place(target, files)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf")
+
+
+def _read_spec(path: Path) -> ModelSpec:
+    """config.json, with the stop tokens of generation_config.json beside its own."""
+    try:
+        spec = ModelSpec.from_hf(read_json(path / CONFIG))
+        generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+        return replace(spec, stop_ids=tuple(sorted({*spec.stop_ids, *read_stop_ids(generation)})))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check(model: Model, entries: list[Entry], tensors: TensorFile) -> None:
+    family, where = FAMILIES[model.spec.family], tensors.directory
+    expected = {entry.name: entry for entry in entries}
+    missing = [name for name in expected if name not in tensors.handles]
+    if missing:
+        raise ValueError(
+            f"{where}: got no tensor {_some(missing)}; config.json asks for it; check that the checkpoint is whole "
+            "and that config.json is its own"
+        )
+    head = family.outer["head.kernel"].name
+    unexpected = [
+        name
+        for name in tensors.handles
+        if name not in expected
+        and not any(re.fullmatch(pattern, name) for pattern in family.harmless)
+        and not (model.spec.tied and name == head)
+    ]
+    if unexpected:
+        raise ValueError(
+            f"{where}: got unexpected tensor {_some(unexpected)}; the model that config.json describes has no place "
+            "for it; check that config.json is this checkpoint's own"
+        )
+    for name, entry in expected.items():
+        tensors.dtype(name)
+        if tensors.shape(name) != entry.shape:
+            raise ValueError(
+                f"{where}: tensor {name}: got shape {tensors.shape(name)}; config.json asks for {entry.shape}; "
+                "check that config.json is this checkpoint's own"
+            )
+    if model.spec.tied and head in tensors.handles:
+        embedding = family.outer["embed.kernel"].name
+        if not np.array_equal(tensors.read(head), tensors.read(embedding)):
+            raise ValueError(
+                f"{where}: tensor {head}: got values other than {embedding}'s; tie_word_embeddings says they are "
+                "one; set it to false in config.json, or remove the tensor"
+            )
+
+
+def _read(tensors: TensorFile, entries: list[Entry], target: jax.ShapeDtypeStruct) -> jax.Array:
+    buffer = np.empty(target.shape, target.dtype)
+    for entry in entries:
+        place = buffer if entry.index is None else buffer[entry.index]
+        place[...] = tensors.read(entry.name).reshape(place.shape)
+    array = jax.make_array_from_callback(target.shape, target.sharding, lambda index: buffer[index])
+    return array.block_until_ready()
+
+
+def _plan_shards(entries: list[Entry], dtypes: dict[str, str], default: str, shard_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        bytes_ = math.prod(entry.shape) * jnp.dtype(dtypes.get(entry.name, default)).itemsize
+        if shards[-1] and size + bytes_ > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += bytes_
+    return shards
+
+
+def _write_tensors(
+    model: Model,
+    params: Params,
+    target: Path,
+    shards: list[list[Entry]],
+    dtypes: dict[str, str],
+    default: str,
+    writer: bool,
+) -> list[str]:
+    """Gathers on every process, writes on one; the names of the files, which lie there as partial."""
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    gathered = _gathered(model, params)
+    total = 0
+    if writer:
+        target.mkdir(parents=True, exist_ok=True)
+    for name, shard in zip(names, shards, strict=True):
+        held: dict[str, np.ndarray] = {}
+        for entry in shard:
+            value = next(gathered)
+            if writer:
+                held[entry.name] = value.reshape(entry.shape).astype(jnp.dtype(dtypes.get(entry.name, default)))
+                total += held[entry.name].nbytes
+        if writer:
+            save_file(held, target / (name + PARTIAL), metadata={"format": "pt"})
+    if not writer or len(shards) == 1:
+        return names
+    listed = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
+    (target / (INDEX + PARTIAL)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*names, INDEX]
+
+
+def _gathered(model: Model, params: Params) -> Iterator[np.ndarray]:
+    """Every tensor in the order of the entries, whole on this host, one at a time."""
+    whole = NamedSharding(model.compute.mesh, PartitionSpec())
+    pick = jax.jit(lambda x, index: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), out_shardings=whole)
+    copy = jax.jit(lambda x: x, out_shardings=whole)
+    is_list = lambda node: isinstance(node, list)  # noqa: E731
+    lists = jax.tree.leaves(tensor_entries(model), is_leaf=is_list)
+    for entries, leaf in zip(lists, jax.tree.leaves(params), strict=True):
+        for entry in entries:
+            yield np.asarray(copy(leaf) if entry.index is None else pick(leaf, entry.index))
+
+
+def _write_small(target: Path, origin: Path | None, config: str) -> list[str]:
+    names = []
+    if origin is not None and origin.resolve() != target.resolve():
+        for name in COPIED:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, target / (name + PARTIAL))
+                names.append(name)
+    (target / (CONFIG + PARTIAL)).write_text(config, encoding="utf-8")
+    return [*names, CONFIG]
+
+
+def _put_in_place(target: Path, files: list[str]) -> None:
+    """Gives every partial file its name, config.json's last: without it a directory is no checkpoint."""
+    for name in files:
+        with open(target / (name + PARTIAL), "rb") as file:
+            os.fsync(file.fileno())
+    (target / CONFIG).unlink(missing_ok=True)
+    for path in list(target.iterdir()):
+        if path.name in (SINGLE, INDEX) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name):
+            path.unlink()
+    for name in sorted(files, key=lambda name: name == CONFIG):
+        os.replace(target / (name + PARTIAL), target / name)
+
+
+def _config_text(model: Model, config: dict[str, Any], origin: Path | None, dtype: str | None, default: str) -> str:
+    if origin is not None and dtype in (None, ModelSpec.from_hf(config).dtype):
+        return (origin / CONFIG).read_text(encoding="utf-8")
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config = {"architectures": [FAMILIES[model.spec.family].architecture]} | config | {key: default}
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _source_dtypes(origin: Path) -> dict[str, str]:
+    if not has_tensors(origin):
+        return {}
+    with open_tensors(origin) as tensors:
+        return {name: tensors.dtype(name) for name in tensors.handles}
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _joined(shape: tuple[int, ...], joins: tuple[int, ...]) -> tuple[int, ...]:
+    """The tensor's shape: (2, 1) of (H, d, D) is (H * d, D)."""
+    ends = [sum(joins[: i + 1]) for i in range(len(joins))]
+    return tuple(math.prod(shape[end - count : end]) for end, count in zip(ends, joins, strict=True))
+
+
+def _dotted(path: Any) -> str:
+    return ".".join(key.key for key in path)
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
