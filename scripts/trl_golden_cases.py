@@ -65,6 +65,7 @@ def batches():
     out["per_token"] = per_token
     uneven = batch(11)
     uneven["lengths"] = np.array([7, 7, 6, 7, 1, 2, 1, 3])
+    uneven["entropy"][:4] *= 0.5  # so that the quantiles of the halves are apart
     out["uneven"] = uneven
     even = batch(12)
     even["lengths"] = np.array([7, 5, 1, 6, 7, 6, 2, 4])  # both halves hold 19 tokens
@@ -181,8 +182,8 @@ def loss_cases():
     for name, (data, options) in GMPO.items():
         yield f"gmpo/{name}", "gmpo", data, options
     for data in ("main", "wide", "cut"):
-        yield f"rloo/{data}", "rloo", data, {"mask_truncated_completions": data == "cut"}
-    yield "rloo/onpolicy", "rloo", "onpolicy", {}
+        yield f"rloo/{data}", "rloo", data, {"beta": 0.0, "mask_truncated_completions": data == "cut"}
+    yield "rloo/onpolicy", "rloo", "onpolicy", {"beta": 0.0}
 
 
 def reward_tables():
@@ -214,8 +215,10 @@ def advantage_cases():
             yield f"{name}/{table}", "grpo", table, options, [1.0, 0.5] if table in ("absent", "flat") else None
         for table in ("tenths", "huge"):
             yield f"{name}/{table}32", "grpo", table, options | {"dtype": "float32"}, None
-    rloo = {"plain": {}, "normalized": {"normalize_advantages": True}, "clipped": {"reward_clip_range": (-0.5, 0.75)},
-            "kl": {"beta": 0.1}, "clipped_kl": {"beta": 0.1, "reward_clip_range": (-0.5, 0.75)}}  # fmt: skip
+    clipped, normalized = {"reward_clip_range": (-0.5, 0.75)}, {"normalize_advantages": True}
+    no_kl, kl = {"beta": 0.0}, {"beta": 0.1}  # the default of RLOOConfig is 0.05
+    rloo = {"plain": no_kl, "normalized": no_kl | normalized, "clipped": no_kl | clipped, "kl": kl,
+            "clipped_kl": kl | clipped}  # fmt: skip
     for name, options in rloo.items():
         for table in ("plain", "absent", "flat", "binary"):
             yield f"rloo_{name}/{table}", "rloo", table, options, [1.0, 0.5] if table in ("absent", "flat") else None
