@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_jax.rewards.answer_format import answer_format
 from grpo_jax.rewards.exact_match import exact_match
 from grpo_jax.rewards.lookup import Reward, find_reward, reward_name
+from grpo_jax.rewards.quickstart import quickstart
 from grpo_jax.rewards.soft_overlong import soft_overlong
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "Scores",
     "answer_format",
     "exact_match",
+    "quickstart",
     "resolve",
     "reward_name",
     "soft_overlong",
@@ -35,13 +37,16 @@ def resolve(spec: str, /, **parameters: Any) -> Reward:
     ``spec`` is a name in ``REWARDS``, ``module:function``, or ``path/file.py:function``.
 
     Raises:
-        ValueError: nothing of that name, with the names there are.
+        ValueError: nothing of that name, with the names there are; or parameters that a built-in refuses.
 
     >>> overlong = resolve("soft_overlong", max_completion_len=10, buffer_len=4)
     >>> overlong(prompts=[""], completions=[""], completion_ids=[[1] * 8])
     [-0.5]
     """
-    return find_reward(spec, REWARDS, parameters)
+    function = find_reward(spec, REWARDS, parameters)
+    if spec in REWARDS:
+        function(prompts=[], completions=[], completion_ids=[], answer=[])  # refuses its parameters now, not mid-run
+    return function
 
 
 def __getattr__(name: str) -> Any:
@@ -55,5 +60,6 @@ def __getattr__(name: str) -> Any:
 REWARDS: dict[str, Reward] = {
     "exact_match": exact_match,
     "answer_format": answer_format,
+    "quickstart": quickstart,
     "soft_overlong": soft_overlong,
 }

@@ -31,20 +31,20 @@ class Scores:
 
     Attributes:
         names: [F] names for logging, unique.
-        values: [F, N] float64, NaN where a function gave no answer (None, NaN, out of time, process died).
+        rewards: [F, N] float64, NaN where a function gave no answer (None, NaN, out of time, process died).
         total: [N] float64, the weighted sum over the functions that answered, weights not renormalised (docs/MATH.md,
             section 1); NaN where none did.
         timeout_counts: [F] completions that lost this reward to the time limit.
         crash_counts: [F] completions that lost this reward because its process died.
-        messages: one line per loss, to be logged.
+        warnings: one line per loss, to be logged.
     """
 
     names: tuple[str, ...]
-    values: np.ndarray
+    rewards: np.ndarray
     total: np.ndarray
     timeout_counts: tuple[int, ...]
     crash_counts: tuple[int, ...]
-    messages: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 class RewardPool:
@@ -125,11 +125,11 @@ class RewardPool:
         values = np.stack([part.values for part in ordered])
         return Scores(
             names=self.names,
-            values=values,
+            rewards=values,
             total=_total(values, self._weights),
             timeout_counts=tuple(part.timeouts for part in ordered),
             crash_counts=tuple(part.crashes for part in ordered),
-            messages=tuple(message for part in ordered for message in part.messages),
+            warnings=tuple(warning for part in ordered for warning in part.warnings),
         )
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class _Part:
     values: np.ndarray
     timeouts: int
     crashes: int
-    messages: list[str]
+    warnings: list[str]
 
     @staticmethod
     def blank(count: int) -> "_Part":
@@ -220,15 +220,15 @@ def _score_in_worker(
 def _lose(part: _Part, name: str, row: int, failure: Exception, limit: float) -> None:
     if isinstance(failure, TimeoutError):
         part.timeouts += 1
-        part.messages.append(f"reward {name!r}, row {row}: no answer within {limit:.3g} s, counted as None")
+        part.warnings.append(f"reward {name!r}, row {row}: no answer within {limit:.3g} s, counted as None")
     else:
         part.crashes += 1
-        part.messages.append(f"reward {name!r}, row {row}: its process {failure}, counted as None")
+        part.warnings.append(f"reward {name!r}, row {row}: its process {failure}, counted as None")
 
 
 def _give_up(part: _Part, name: str, start: int, stop: int) -> None:
     part.timeouts += stop - start
-    part.messages.append(
+    part.warnings.append(
         f"reward {name!r}, rows {start} to {stop - 1}: the time to try this batch again is spent, counted as None"
     )
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from grpo_jax.rewards import REWARDS, resolve, reward_name
 from grpo_jax.rewards.answers import completion_text, final_answer, marked_answer, normalise
 
-PARAMETERS = {"soft_overlong": {"max_completion_len": 40}}
+PARAMETERS: dict[str, dict] = {"soft_overlong": {"max_completion_len": 40}}
 MODULES = ["grpo_jax.rewards", "grpo_jax.rewards.answers", "grpo_jax.rewards.lookup"]
 MODULES += [f"grpo_jax.rewards.{name}" for name in REWARDS]
 
@@ -172,7 +172,7 @@ def test_resolve_module_and_file(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("exakt", "no built-in of that name; use one of answer_format, exact_match, soft_overlong"),
+        ("exakt", "no built-in of that name; use one of answer_format, exact_match, quickstart, soft_overlong"),
         ("no.such.module:f", "importing 'no.such.module' raised ModuleNotFoundError"),
         ("nofile.py:f", "no file 'nofile.py' under"),
         ("json:f", "json has no function 'f'; use one of those it has: .*dumps"),

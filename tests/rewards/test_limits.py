@@ -60,10 +60,10 @@ def test_one_row_out_of_time_loses_only_itself(impatient, order):
     begun = time.monotonic()
     scores = score(impatient, ["a", order, "abc"])
     took = time.monotonic() - begun
-    np.testing.assert_array_equal(scores.values, [[1, np.nan, 3]])
+    np.testing.assert_array_equal(scores.rewards, [[1, np.nan, 3]])
     np.testing.assert_array_equal(scores.total, [1, np.nan, 3])
     assert scores.timeout_counts == (1,) and scores.crash_counts == (0,)
-    assert len(scores.messages) == 1 and "reward 'obey', row 1: no answer within" in scores.messages[0]
+    assert len(scores.warnings) == 1 and "reward 'obey', row 1: no answer within" in scores.warnings[0]
     assert 1.0 <= took < 9 * 1.0 + 10
 
 
@@ -75,23 +75,23 @@ def test_one_row_that_kills_the_process_loses_only_itself(obey, order, place):
     scores = score(obey, completions)
     wanted = np.full((1, 7), 2.0)
     wanted[0, place] = np.nan
-    np.testing.assert_array_equal(scores.values, wanted)
+    np.testing.assert_array_equal(scores.rewards, wanted)
     assert scores.crash_counts == (1,) and scores.timeout_counts == (0,)
-    assert scores.messages == (f"reward 'obey', row {place}: its process {DIED[order]}, counted as None",)
+    assert scores.warnings == (f"reward 'obey', row {place}: its process {DIED[order]}, counted as None",)
 
 
 def test_several_hostile_rows(obey):
     scores = score(obey, ["exit", "a", "segfault", "ab", "memory", "spin", "abc", "exit"])
-    np.testing.assert_array_equal(scores.values, [[np.nan, 1, np.nan, 2, np.nan, np.nan, 3, np.nan]])
-    assert scores.crash_counts == (4,) and scores.timeout_counts == (1,) and len(scores.messages) == 5
+    np.testing.assert_array_equal(scores.rewards, [[np.nan, 1, np.nan, 2, np.nan, np.nan, 3, np.nan]])
+    assert scores.crash_counts == (4,) and scores.timeout_counts == (1,) and len(scores.warnings) == 5
 
 
 def test_other_functions_are_not_held_back():
     with RewardPool([f"{HOSTILE}:obey", "exact_match", f"{HOSTILE}:process_id"], timeout_seconds=0.5) as pool:
         first = score(pool, ["a", "spin"], answer=["a", "a"])
         second = score(pool, ["a", "b"], answer=["a", "a"])
-    np.testing.assert_array_equal(first.values[:2], [[1, np.nan], [1, 0]])
-    np.testing.assert_array_equal(first.values[2], second.values[2])
+    np.testing.assert_array_equal(first.rewards[:2], [[1, np.nan], [1, 0]])
+    np.testing.assert_array_equal(first.rewards[2], second.rewards[2])
     assert first.timeout_counts == (1, 0, 0)
 
 
@@ -103,27 +103,27 @@ def test_when_all_rows_are_hostile_the_time_is_bounded(rows, order):
         scores = score(pool, [order] * rows)
         took = time.monotonic() - begun
         assert took < 9 * 0.25 + 10 * start + 3.0  # the rest is for a machine that others use too
-        assert np.isnan(scores.values).all()
+        assert np.isnan(scores.rewards).all()
         assert scores.timeout_counts[0] + scores.crash_counts[0] == rows
-        assert any("the time to try this batch again is spent" in message for message in scores.messages)
-        np.testing.assert_array_equal(score(pool, ["abcd"]).values, [[4.0]])
+        assert any("the time to try this batch again is spent" in message for message in scores.warnings)
+        np.testing.assert_array_equal(score(pool, ["abcd"]).rewards, [[4.0]])
 
 
 def test_a_function_too_slow_for_the_batch_is_tried_in_halves():
     with RewardPool([f"{HOSTILE}:slow_per_row"], timeout_seconds=1.2) as pool:
         scores = score(pool, ["a"] * 16)
-    np.testing.assert_array_equal(scores.values, np.ones((1, 16)))
-    assert scores.messages == ()
+    np.testing.assert_array_equal(scores.rewards, np.ones((1, 16)))
+    assert scores.warnings == ()
 
 
 def test_prints_and_reads_do_not_touch_the_protocol(obey, capfd):
-    np.testing.assert_array_equal(score(obey, ["print", "read", "print"]).values, [[5, 0, 5]])
+    np.testing.assert_array_equal(score(obey, ["print", "read", "print"]).rewards, [[5, 0, 5]])
     out, err = capfd.readouterr()
     assert "99.0" not in out and err.count('{"rewards": [99.0]}') == 6
 
 
 def test_a_huge_completion(obey):
-    np.testing.assert_array_equal(score(obey, ["a" * 20_000_000, "b"]).values, [[20_000_000, 1]])
+    np.testing.assert_array_equal(score(obey, ["a" * 20_000_000, "b"]).rewards, [[20_000_000, 1]])
 
 
 def test_what_the_reward_started_dies_with_it(tmp_path):
@@ -135,7 +135,7 @@ def test_what_the_reward_started_dies_with_it(tmp_path):
 
 def test_close_ends_the_workers():
     with RewardPool([f"{HOSTILE}:process_id", "exact_match"]) as pool:
-        pid = int(score(pool, ["a"], answer=["a"]).values[0, 0])
+        pid = int(score(pool, ["a"], answer=["a"]).rewards[0, 0])
         assert alive(pid)
     assert not alive(pid)
     pool.close()

@@ -36,9 +36,9 @@ def test_values_none_and_nan(way):
     with RewardPool([reward(way, "answers")]) as pool:
         said = [1, 0.1, True, None, "nan", "fraction", -0.0]
         scores = score(pool, ["x"] * 7, given=said)
-    np.testing.assert_array_equal(scores.values, [[1, 0.1, 1, np.nan, np.nan, 0.25, 0]])
-    assert scores.values.dtype == np.float64 and scores.names == ("answers",)
-    assert scores.messages == () and scores.timeout_counts == (0,) and scores.crash_counts == (0,)
+    np.testing.assert_array_equal(scores.rewards, [[1, 0.1, 1, np.nan, np.nan, 0.25, 0]])
+    assert scores.rewards.dtype == np.float64 and scores.names == ("answers",)
+    assert scores.warnings == () and scores.timeout_counts == (0,) and scores.crash_counts == (0,)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -48,7 +48,7 @@ def test_a_wrong_value_names_function_row_and_value(way, value):
     with RewardPool([reward(way, "answers")]) as pool:
         with pytest.raises(ValueError, match=f"reward 'answers', row 2: returned {shown or ''}"):
             score(pool, ["x"] * 4, given=[0.0, None, value, 1.0])
-        np.testing.assert_array_equal(score(pool, ["x"], given=[2.0]).values, [[2.0]])
+        np.testing.assert_array_equal(score(pool, ["x"], given=[2.0]).rewards, [[2.0]])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -71,7 +71,7 @@ def test_a_wrong_return_names_the_function(way, name, says):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_iterates_is_enough(way):
     with RewardPool([reward(way, "generator")]) as pool:
-        np.testing.assert_array_equal(score(pool, ["", "ab"]).values, [[0, 2]])
+        np.testing.assert_array_equal(score(pool, ["", "ab"]).rewards, [[0, 2]])
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.int64(2), np.bool_(True), np.array(3.0)])
@@ -92,7 +92,7 @@ def test_an_exception_names_the_row_and_the_message(way, bad, capfd):
             ValueError, match=f"reward 'divides', row {bad}: raised ZeroDivisionError: .*division by zero"
         ):
             score(pool, completions)
-        np.testing.assert_array_equal(score(pool, ["12345"]).values, [[0.5]])
+        np.testing.assert_array_equal(score(pool, ["12345"]).rewards, [[0.5]])
     err = capfd.readouterr().err
     assert "Traceback" in err and "hostile.py" in err and "in divides" in err
 
@@ -103,7 +103,7 @@ def test_exceptions_that_are_no_exception(way, how, kind):
     with RewardPool([reward(way, "quits")]) as pool:
         with pytest.raises(ValueError, match=f"reward 'quits', row 1: raised {kind}"):
             score(pool, "abc", how=["", how, ""])
-        np.testing.assert_array_equal(score(pool, "a", how=[""]).values, [[1.0]])
+        np.testing.assert_array_equal(score(pool, "a", how=[""]).rewards, [[1.0]])
 
 
 def test_keyboard_interrupt_is_a_problem_there_and_the_users_here():
@@ -132,7 +132,7 @@ def test_arguments_arrive_by_keyword_as_they_were():
     lengths = [len(text) for text in texts]
     with RewardPool([reward("worker", "columns_back"), reward("here", "columns_back")]) as pool:
         scores = score(pool, texts, number=np.array(lengths), other=[None, {"a": [1, 2.5]}, "x", True, [], "\ud800", 3])
-    np.testing.assert_array_equal(scores.values, np.ones((2, 7)))
+    np.testing.assert_array_equal(scores.rewards, np.ones((2, 7)))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def builtins():
 @given(completions=st.lists(st.text(st.characters(codec=None, exclude_categories=[])), min_size=1, max_size=5))
 def test_any_string_through_the_builtins(builtins, completions):
     scores = builtins.score(completions, completions, [[0]] * len(completions), {"answer": completions})
-    assert np.isfinite(scores.values).all() and scores.messages == ()
+    assert np.isfinite(scores.rewards).all() and scores.warnings == ()
 
 
 def test_a_function_cannot_change_what_others_get():
@@ -156,7 +156,7 @@ def test_a_function_cannot_change_what_others_get():
         return rewards
 
     with RewardPool([clears, clears, "exact_match"]) as pool:
-        np.testing.assert_array_equal(score(pool, ["3", "4"], answer=["3", "5"]).values, [[1, 1], [1, 1], [1, 0]])
+        np.testing.assert_array_equal(score(pool, ["3", "4"], answer=["3", "5"]).rewards, [[1, 1], [1, 1], [1, 0]])
 
 
 def test_weights_are_not_renormalised_and_silence_is_nan():
@@ -181,7 +181,7 @@ def test_names_are_unique():
 def test_no_completions():
     with RewardPool(["exact_match", reward("here", "obey")]) as pool:
         scores = pool.score([], [], [], {"answer": []})
-    assert scores.values.shape == (2, 0) and scores.total.shape == (0,)
+    assert scores.rewards.shape == (2, 0) and scores.total.shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,7 @@ def test_no_completions():
         ({"specs": ["exact_match"], "memory_limit_mb": 8}, "got 8"),
         ({"specs": ["exact_match"], "parameters": {"soft_overlong": {}}}, "soft_overlong.*not among the rewards"),
         ({"specs": ["exakt"]}, "no built-in of that name; use one of answer_format"),
+        ({"specs": ["soft_overlong"]}, "got no max_completion_len"),
         ({"specs": ["no_file.py:f", "exact_match"]}, "no file 'no_file.py'"),
     ],
 )
@@ -243,7 +244,7 @@ def test_async_functions_and_closures():
         return [float(len(seen))] * len(completions)
 
     with RewardPool([reward("worker", "waits"), reward("here", "waits"), closure, Judge()]) as pool:
-        np.testing.assert_array_equal(score(pool, ["a", "bcd"]).values, [[1, 3], [1, 3], [1, 1], [1, 3]])
+        np.testing.assert_array_equal(score(pool, ["a", "bcd"]).rewards, [[1, 3], [1, 3], [1, 1], [1, 3]])
         assert pool.names == ("waits", "waits_2", "closure", "Judge")
 
 
@@ -251,7 +252,7 @@ def test_async_functions_and_closures():
 def test_one_event_loop_for_all_calls(way):
     with RewardPool([reward(way, "same_loop")]) as pool:
         for _ in range(3):
-            np.testing.assert_array_equal(score(pool, "ab").values, [[1, 1]])
+            np.testing.assert_array_equal(score(pool, "ab").rewards, [[1, 1]])
 
 
 def test_async_functions_overlap():
@@ -268,7 +269,7 @@ def test_inside_a_running_event_loop():
             scores = score(pool, ["a", "bcd"])
             with pytest.raises(ValueError, match="reward 'fails', row 1: raised ZeroDivisionError"):
                 score(pool, ["a", ""])
-        return scores.values
+        return scores.rewards
 
     np.testing.assert_array_equal(asyncio.run(notebook_cell()), [[1, 3], [1, 3], [1, 3], [1, 1 / 3]])
 
@@ -278,7 +279,7 @@ def test_workers_run_at_the_same_time_and_apart():
         begun = time.monotonic()
         scores = score(pool, "ab")
         assert time.monotonic() - begun < 1.5  # one after the other: 2.0 s
-    assert scores.values[4, 0] != scores.values[5, 0]
+    assert scores.rewards[4, 0] != scores.rewards[5, 0]
 
 
 def test_the_worker_imports_little_and_rewards_never_import_jax(tmp_path):
@@ -289,7 +290,7 @@ def test_the_worker_imports_little_and_rewards_never_import_jax(tmp_path):
         "def heavy(completions, **columns): return [float(sum(name in sys.modules for name in HEAVY))]\n"
     )
     with RewardPool([f"{heavy}:heavy"]) as pool:
-        np.testing.assert_array_equal(score(pool, "a").values, [[0.0]])
+        np.testing.assert_array_equal(score(pool, "a").rewards, [[0.0]])
     code = "import sys, grpo_jax.rewards; print([m for m in ('jax', 'numpy', 'asyncio') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     code = "import sys, grpo_jax.rewards.pool; print('jax' in sys.modules)"
@@ -305,7 +306,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
             print("script runs")
             from grpo_jax.rewards import RewardPool
             pool = RewardPool(["beside:one", "exact_match", lambda completions, **columns: [2.0]])
-            print(pool.score(["a"], ["3"], [[1]], {"answer": ["3"]}).values.tolist())
+            print(pool.score(["a"], ["3"], [[1]], {"answer": ["3"]}).rewards.tolist())
             """
         )
     )

@@ -1,0 +1,22 @@
+"""The reward of the task that the package ships."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def quickstart(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    answer: Sequence[str],
+    **columns: Any,
+) -> list[float | None]:
+    """1.0 where the completion ends in ``: `` and the answer that the ``answer`` column holds, else 0.0.
+
+    >>> quickstart(["2+2="] * 3, ["2+2=4: 4", "2+2=5: 5", "4"], [[], [], []], answer=["4", "4", "4"])
+    [1.0, 0.0, 0.0]
+    """
+    from grpo_jax.quickstart.task import parse  # the task's module is only paid for by those who use it
+
+    return [float(parse(text) == right) for text, right in zip(completions, answer, strict=True)]
