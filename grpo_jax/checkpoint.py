@@ -59,6 +59,10 @@ class CheckpointStore:
             restored = checkpointer.restore(self._reference, _plain(abstract))
         return jax.tree.unflatten(jax.tree.structure(target), jax.tree.leaves(restored))
 
+    def wait(self) -> None:
+        """Until what is being written is written."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for what is being written."""
         self._manager.wait_until_finished()

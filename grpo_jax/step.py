@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import algo
 from grpo_jax.algo.spec import LossConfig
 from grpo_jax.config import OptimConfig
+from grpo_jax.mesh import RULES
 from grpo_jax.models.model import Model
 from grpo_jax.types import Params, TrainBatch, TrainState
 
@@ -69,7 +71,7 @@ class Learner:
         schedule: update count -> learning rate, for the metrics.
         scored_len: most trained tokens a row can have (S); only their hidden states meet the vocabulary.
         temperature: of the sampler, so that all log-probabilities are of one distribution.
-        microbatches: parts into which an update's rows are cut; it divides their number.
+        microbatch_rows: rows whose activations are alive at once; it divides their number. None: all of them.
         segmented: rows hold several sequences.
     """
 
@@ -79,7 +81,7 @@ class Learner:
     schedule: Callable[[Any], Any]
     scored_len: int
     temperature: float = 1.0
-    microbatches: int = 1
+    microbatch_rows: int | None = None
     segmented: bool = False
 
     @partial(jax.jit, static_argnums=0)
@@ -117,7 +119,7 @@ class Learner:
             return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (loss, metrics)
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        zeros = self.model.constrain_params(zeros)
+        zeros = jax.lax.with_sharding_constraint(zeros, self.model.param_shardings)
         grads, (losses, (sums, maxima)) = jax.lax.scan(accumulate, zeros, self._split(batch))
         norm = optax.global_norm(grads)
         fine = jnp.isfinite(norm) & jnp.isfinite(losses.sum()) & (denominators.tokens > 0)
@@ -138,10 +140,9 @@ class Learner:
 
     def _constrain(self, state: TrainState) -> TrainState:
         """Shard the parameters, and every moment of the optimizer like the parameter it belongs to."""
-        opt_state = optax.tree_map_params(
-            self.optimizer, jax.lax.with_sharding_constraint, state.opt_state, self.model.param_shardings
-        )
-        return replace(state, params=self.model.constrain_params(state.params), opt_state=opt_state)
+        shard, shardings = jax.lax.with_sharding_constraint, self.model.param_shardings
+        opt_state = optax.tree_map_params(self.optimizer, shard, state.opt_state, shardings)
+        return replace(state, params=shard(state.params, shardings), opt_state=opt_state)
 
     def _loss(self, params: Params, batch: TrainBatch, denominators: Any) -> tuple[jax.Array, tuple[Sums, dict]]:
         logp, entropy = self._score(params, batch)
@@ -190,12 +191,14 @@ class Learner:
         return place(logp), place(entropy)
 
     def _split(self, batch: TrainBatch) -> TrainBatch:
-        """[N, ...] -> [microbatches, N / microbatches, ...], each part drawn from every device's rows."""
+        """[N, ...] -> [microbatches, rows, ...], each part drawn from every device's rows."""
+        rows = self.microbatch_rows or batch.tokens.shape[0]
+
+        sharding = NamedSharding(self.model.compute.mesh, PartitionSpec(None, RULES["batch"]))
 
         def cut(x: jax.Array) -> jax.Array:
-            return self.model.constrain_rows(
-                x.reshape(x.shape[0] // self.microbatches, self.microbatches, *x.shape[1:]).swapaxes(0, 1), axis=1
-            )
+            parts = x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(parts, sharding)
 
         return jax.tree.map(cut, batch)
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.mesh import fetch
 from grpo_jax.models.model import Model
 from grpo_jax.rollout.sampling import Sampling, row_keys, sample, split_ids, uniforms
 from grpo_jax.types import Params, Prompt, Rollout
@@ -58,7 +57,7 @@ class StaticEngine:
             ids = split_ids([p.request_id for p in some] + [0] * (size - len(some)))
             scalars = [np.uint32(seed), np.uint32(step), np.int32(len(some))]
             out = _decode(self.model, num_samples, sampling, view, tokens, lengths, ids, *scalars)
-            parts.append(_rows(tokens, lengths, fetch(out), num_samples, len(some)))
+            parts.append(_rows(tokens, lengths, jax.device_get(out), num_samples, len(some)))
         return Rollout(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
     def _prompt_width(self, prompts: Sequence[Prompt]) -> int:
@@ -67,10 +66,10 @@ class StaticEngine:
         for i, prompt in enumerate(prompts):
             if not prompt.tokens:
                 raise ValueError(f"prompts[{i}]: got no token; the first one needs something to follow. Add a token.")
-            if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < self.model.spec.vocab_size:
+            if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < self.model.spec.vocab:
                 raise ValueError(
                     f"prompts[{i}]: got ids from {min(prompt.tokens)} to {max(prompt.tokens)}, and the model knows "
-                    f"0 to {self.model.spec.vocab_size - 1}. Use this model's tokenizer."
+                    f"0 to {self.model.spec.vocab - 1}. Use this model's tokenizer."
                 )
         longest = max(len(p.tokens) for p in prompts)
         if self.prompt_len is None:
@@ -80,7 +79,7 @@ class StaticEngine:
         return self.prompt_len
 
     def _batch_size(self, prompt_count: int, num_samples: int) -> int:
-        shards = self.model.mesh.shape["data"] * self.model.mesh.shape["fsdp"]
+        shards = self.model.compute.mesh.shape["data"] * self.model.compute.mesh.shape["fsdp"]
         size = -(-prompt_count // shards) * shards
         return size if self.max_rows is None else min(size, max(shards, self.max_rows // num_samples))
 

@@ -1,0 +1,79 @@
+"""Before the first compile: what the run will hold in each device's memory, and on what it runs."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.batching import Layout
+from grpo_jax.config import TrainConfig
+from grpo_jax.models import Model
+
+PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Package versions, Python and the kind of device."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    return found | {"python": platform.python_version(), "device": f"{len(jax.devices())} x {device.device_kind}"}
+
+
+def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> dict[str, int]:
+    """Bytes on one device by what holds them, activations left out.
+
+    Args:
+        model: with its mesh.
+        config: of the run.
+        layout: of its updates.
+        prompt_len: tokens to which prompts are padded.
+    """
+    parameters = sum(_shard_bytes(x) for x in jax.tree.leaves(model.abstract_params))
+    wide = np.dtype("float32").itemsize / np.dtype(model.param_dtype).itemsize
+    narrow = np.dtype(model.dtype).itemsize / np.dtype(model.param_dtype).itemsize
+    rows = config.rollout.prompts_per_step * config.rollout.num_samples
+    shards = model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
+    spec = model.spec
+    token = sum(2 * layer.kv_heads * layer.head_dim for layer in spec.layers) * np.dtype(model.dtype).itemsize
+    prompts = config.rollout.prompts_per_step * prompt_len
+    return {
+        "parameters": parameters,
+        "optimizer": 2 * parameters,
+        "gradient": int(parameters * wide),
+        "reference": parameters if config.loss.kl_coef else 0,
+        "decode view": int(parameters * narrow * model.compute.mesh.shape["fsdp"]),
+        "KV cache": (rows * config.rollout.max_new_tokens + prompts) * token // shards,
+        "batch": layout.row_counts[-1] * layout.row_len * 4 * 8 // shards,
+    }
+
+
+def report(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> str:
+    """One line of `memory` for the terminal.
+
+    Raises:
+        ValueError: it does not fit in the memory the device says it has.
+    """
+    parts = memory(model, config, layout, prompt_len)
+    total = sum(parts.values())
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    line = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    if limit is not None and total > limit:
+        raise ValueError(
+            f"the run needs {_size(total)} on each device before activations ({line}), and a device has "
+            f"{_size(limit)}. Raise mesh.fsdp or mesh.tensor, or lower rollout.prompts_per_step or max_new_tokens."
+        )
+    return f"memory on each device before activations: {_size(total)} ({line})"
+
+
+def _shard_bytes(x: Any) -> int:
+    return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit in ("B", "KiB") else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
