@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from grpo_jax.algo.controllers import follow_reference as follow_reference
     from grpo_jax.algo.critic import gae as gae
     from grpo_jax.algo.critic import value_loss as value_loss
-    from grpo_jax.algo.denominators import Denominators as Denominators
-    from grpo_jax.algo.denominators import denominators as denominators
     from grpo_jax.algo.kl import KL_ESTIMATORS as KL_ESTIMATORS
+    from grpo_jax.algo.logprobs import logprobs_and_entropy as logprobs_and_entropy
     from grpo_jax.algo.losses import SURROGATES as SURROGATES
     from grpo_jax.algo.policy import policy_loss as policy_loss
     from grpo_jax.algo.ratios import CORRECTIONS as CORRECTIONS
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from grpo_jax.algo.spec import PRESETS as PRESETS
     from grpo_jax.algo.spec import LossConfig as LossConfig
     from grpo_jax.algo.spec import Recipe as Recipe
+    from grpo_jax.algo.statistics import Denominators as Denominators
+    from grpo_jax.algo.statistics import denominators as denominators
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "advantages": ("ADVANTAGES", "group_advantages", "has_spread", "whiten"),
@@ -43,9 +44,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "critic": ("gae", "value_loss"),
     "kl": ("KL_ESTIMATORS",),
     "losses": ("SURROGATES",),
-    "policy": ("Denominators", "denominators", "policy_loss"),
+    "logprobs": ("logprobs_and_entropy",),
+    "policy": ("policy_loss",),
     "ratios": ("CORRECTIONS",),
     "shaping": ("clip_symmetric", "combine_rewards", "kl_in_reward", "overlong_filter", "soft_overlong"),
+    "statistics": ("Denominators", "denominators"),
     "spec": ("PRESETS", "LossConfig", "Recipe"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
