@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -77,19 +76,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def initialize_distributed() -> None:
+def initialize_distributed(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
     """Join this process to the others of a multi-host run; call it once, before any other use of jax.
 
-    A thin cover over ``jax.distributed.initialize``, which finds Slurm, Open MPI, GKE and Cloud TPU by itself.
+    A thin cover over ``jax.distributed.initialize``, which finds Slurm, Open MPI, GKE and Cloud TPU by itself; the
+    arguments (host:port of process 0, how many there are, which one this is) are for starts by hand.
     """
-    jax.distributed.initialize()
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
 
 
 def single_device_mesh() -> Mesh:
     """The mesh a model gets when none was given: this process's first device."""
     return make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
-
-
-def device_count(mesh: Mesh) -> int:
-    """How many devices ``mesh`` has."""
-    return int(np.prod(list(mesh.shape.values())))

@@ -134,7 +134,7 @@ def read_stop_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise _error("eos_token_id", value, "a token id or a list of them is needed", "check the config")
+        raise ValueError(f"eos_token_id: got {value!r}; a token id or a list of them is needed; check the config")
     return tuple(sorted(set(ids)))
 
 

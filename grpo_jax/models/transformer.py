@@ -156,7 +156,7 @@ def hidden_states(
 
         stacks = [params["layers"][stack_name(index, place)] for place in range(len(run.pattern))]
         x, _ = jax.lax.scan(_remat(body, remat), x, stacks)
-    return outer.norm(x)
+    return compute.shard(outer.norm(x), "batch", None, None)
 
 
 def use(layout: Layout, params: Any, weights: Any) -> Any:

@@ -1,0 +1,101 @@
+"""What the tests about models share: tiny configs, random tensors in Hugging Face's names, and comparison."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from grpo_jax.models import Model, ModelSpec
+from grpo_jax.models.hf import tensor_entries
+
+GOLDEN = Path(__file__).parent / "golden"
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def config(model_type: str = "qwen2", **fields: Any) -> dict[str, Any]:
+    """A config.json in the newer spelling."""
+    base = {
+        "model_type": model_type,
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "dtype": "float32",
+    }
+    return base | fields
+
+
+def random_model(seed: int = 0, model: dict[str, Any] | None = None, **fields: Any) -> tuple[Model, Any]:
+    """A model and parameters with every norm scale and bias drawn at random, no two alike."""
+    built = Model(ModelSpec.from_hf(config(**fields)), **(model or {}))
+    leaves, tree = jax.tree.flatten(built.init(0))
+    spread = jax.tree.leaves(built.decay_mask)
+    places = jax.tree.leaves(built.param_shardings)
+    drawn = []
+    rng = np.random.default_rng(seed)
+    for leaf, matrix, place in zip(leaves, spread, places, strict=True):
+        noise = 0.3 * rng.standard_normal(leaf.shape)
+        drawn.append(
+            jax.device_put((noise if matrix else np.asarray(leaf, np.float32) + noise).astype(leaf.dtype), place)
+        )
+    return built, jax.tree.unflatten(tree, drawn)
+
+
+def random_tokens(shape: tuple[int, ...], vocab: int = 61, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+def write_checkpoint(directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def by_hf_name(model: Model, params: Any) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, as Hugging Face's tensors."""
+    is_list = lambda node: isinstance(node, list)  # noqa: E731
+    lists = jax.tree.leaves(tensor_entries(model), is_leaf=is_list)
+    named = {}
+    for entries, leaf in zip(lists, jax.tree.leaves(params), strict=True):
+        for entry in entries:
+            value = np.asarray(leaf if entry.index is None else leaf[entry.index])
+            named[entry.name] = value.reshape(entry.shape)
+    return named
+
+
+def whole_rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens, positions and segment ids of rows without padding."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return tokens, positions, np.ones(tokens.shape, np.int32)
+
+
+def mean_logp(model: Model, params: Any, tokens: np.ndarray) -> jax.Array:
+    """Mean log-probability of ``tokens[:, 1:]``."""
+    hidden = model.hidden(params, *whole_rows(tokens))
+    logits = jnp.einsum("ntd,vd->ntv", hidden, model.unembedding(params), precision=model.precision)
+    logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    return jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).mean()
+
+
+def relative(got: Any, want: Any) -> float:
+    """Largest difference, relative to the largest magnitude."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    return float(np.abs(got - want).max() / np.abs(want).max())

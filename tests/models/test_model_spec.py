@@ -1,0 +1,165 @@
+"""config.json to facts: both spellings, defaults, every refusal by its name, and the cutting into runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from model_cases import LLAMA3, config
+
+from grpo_jax.models import ModelSpec
+from grpo_jax.models.families import FAMILIES
+from grpo_jax.models.spec import RotarySpec, cut_runs
+
+
+def test_every_fact_is_read():
+    spec = ModelSpec.from_hf(
+        config(
+            "llama",
+            num_key_value_heads=1,
+            head_dim=10,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            rms_norm_eps=1e-3,
+            rope_parameters=LLAMA3 | {"rope_theta": 500.0},
+            dtype="bfloat16",
+            eos_token_id=[7, 3],
+        )
+    )
+    layer = spec.layers[0]
+    assert (spec.family, spec.vocab, spec.width, len(spec.layers), spec.max_len) == ("llama", 61, 32, 3, 128)
+    assert (spec.tied, spec.norm_eps, spec.dtype, spec.stop_ids) == (False, 1e-3, "bfloat16", (3, 7))
+    assert (layer.width, layer.heads, layer.kv_heads, layer.head_dim, layer.ffn) == (32, 4, 1, 10, 40)
+    assert (layer.qkv_bias, layer.out_bias, layer.mlp_bias, layer.norm_eps) == (True, True, True, 1e-3)
+    assert layer.rotary == RotarySpec("llama3", 500.0, 8.0, 1.0, 4.0, 16)
+
+
+def test_absent_fields_have_the_defaults_of_the_family():
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    bare = {name: config()[name] for name in (*needed, "model_type", "max_position_embeddings")}
+    qwen2, llama = ModelSpec.from_hf(bare), ModelSpec.from_hf(bare | {"model_type": "llama"})
+    for spec in (qwen2, llama):
+        assert (spec.tied, spec.norm_eps, spec.stop_ids, spec.dtype) == (False, 1e-6, (), None)
+        assert (spec.layers[0].kv_heads, spec.layers[0].head_dim) == (4, 8)
+        assert spec.layers[0].rotary == RotarySpec("default", 10_000.0)
+    biases = lambda spec: (spec.layers[0].qkv_bias, spec.layers[0].out_bias, spec.layers[0].mlp_bias)  # noqa: E731
+    assert biases(qwen2) == (True, False, False)
+    assert biases(llama) == (False, False, False)
+
+
+def test_older_and_newer_spelling_say_the_same():
+    newer = config("llama", rope_parameters=LLAMA3 | {"rope_theta": 500.0}, dtype="float16")
+    older = {name: value for name, value in newer.items() if name not in ("rope_parameters", "dtype")}
+    older |= {"rope_theta": 500.0, "rope_scaling": LLAMA3, "torch_dtype": "float16"}
+    oldest = older | {"rope_scaling": {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}}
+    assert ModelSpec.from_hf(newer) == ModelSpec.from_hf(older) == ModelSpec.from_hf(oldest)
+    assert ModelSpec.from_hf(older).dtype == ModelSpec.from_hf(newer).dtype == "float16"
+    assert ModelSpec.from_hf(older | {"rope_theta": 501.0}) != ModelSpec.from_hf(older)
+
+
+def test_a_null_rope_scaling_is_the_default_rotary():
+    read = ModelSpec.from_hf(config(rope_parameters=None, rope_scaling=None, rope_theta=123.0))
+    assert read.layers[0].rotary == RotarySpec("default", 123.0)
+
+
+REFUSED = {
+    "another family": ("gpt2", {}, ["'gpt2'", "llama, qwen2"]),
+    "no family": (None, {}, ["None", "llama, qwen2"]),
+    "activation": ("qwen2", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+    "quantised": ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    "window by flag": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        ["sliding_window", "8"],
+    ),
+    "window by layer types": (
+        "qwen2",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8},
+        ["sliding_window"],
+    ),
+    "layer types of another depth": ("qwen2", {"layer_types": ["full_attention"]}, ["layer_types", "3 layers"]),
+    "rotary kind": (
+        "llama",
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+        ["rope_scaling.rope_type", "'yarn'", "default, llama3"],
+    ),
+    "rotary by layer type": (
+        "llama",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        ["layer type"],
+    ),
+    "partial rotary": ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+    "llama3 without a factor": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling.factor"]),
+    "llama3 without a band": (
+        "llama",
+        {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+        ["high_freq_factor", "low_freq_factor"],
+    ),
+    "theta": ("llama", {"rope_parameters": {"rope_theta": -1.0}}, ["rope_theta", "-1.0"]),
+    "missing size": ("llama", {"hidden_size": None}, ["hidden_size", "None"]),
+    "size as text": ("llama", {"vocab_size": "61"}, ["vocab_size", "'61'"]),
+    "head_dim that does not divide": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 6}, ["head_dim"]),
+    "odd head_dim": ("llama", {"head_dim": 7}, ["head_dim", "7"]),
+    "key heads": ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
+    "bias": ("llama", {"attention_bias": "yes"}, ["attention_bias", "'yes'"]),
+    "eps": ("llama", {"rms_norm_eps": 0}, ["rms_norm_eps", "0"]),
+    "dtype": ("llama", {"dtype": "float8"}, ["dtype", "'float8'"]),
+    "stop ids": ("llama", {"eos_token_id": "</s>"}, ["eos_token_id", "'</s>'"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_the_field(case):
+    model_type, fields, words = REFUSED[case]
+    with pytest.raises(ValueError) as caught:
+        ModelSpec.from_hf(config(model_type, **fields))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_window_that_is_not_in_use_is_fine():
+    spec = ModelSpec.from_hf(config(use_sliding_window=False, sliding_window=8, max_window_layers=0))
+    assert spec == ModelSpec.from_hf(config())
+    assert ModelSpec.from_hf(config(use_sliding_window=True, sliding_window=8, max_window_layers=3)) == spec
+
+
+def test_specs_are_values():
+    one, same, other = (
+        ModelSpec.from_hf(config(**f)) for f in ({}, {"eos_token_id": 5, "extra": 1}, {"vocab_size": 62})
+    )
+    assert one == same and hash(one) == hash(same)
+    assert one != other
+    assert json.loads(same.hf_config)["extra"] == 1
+
+
+def test_every_family_names_each_tensor_once():
+    for family in FAMILIES.values():
+        names = [tensor.name for tensor in (*family.layer.values(), *family.outer.values())]
+        assert len(set(names)) == len(names)
+        assert all("{i}" in tensor.name for tensor in family.layer.values())
+
+
+@given(st.lists(st.sampled_from("ab"), min_size=1, max_size=14))
+def test_runs_cover_the_layers_in_order(kinds):
+    base = ModelSpec.from_hf(config()).layers[0]
+    layers = tuple(replace(base, ffn=40 if kind == "a" else 48) for kind in kinds)
+    runs = cut_runs(layers)
+    assert tuple(layer for run in runs for _ in range(run.repeats) for layer in run.pattern) == layers
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shape"),
+    [
+        ("aaaa", [(1, 4)]),
+        ("baaa", [(1, 1), (1, 3)]),
+        ("aab" * 3 + "a", [(3, 3), (1, 1)]),
+        ("ab" * 4, [(2, 4)]),
+        ("a", [(1, 1)]),
+    ],
+)
+def test_runs_are_few(kinds, shape):
+    base = ModelSpec.from_hf(config()).layers[0]
+    layers = tuple(replace(base, ffn=40 if kind == "a" else 48) for kind in kinds)
+    assert [(len(run.pattern), run.repeats) for run in cut_runs(layers)] == shape
