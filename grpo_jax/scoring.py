@@ -47,11 +47,13 @@ class Scorer:
     Attributes:
         pool: the reward functions.
         tokenizer: turns completions into the text the functions see.
+        stop_ids: tokens that end a completion and are no part of its text.
         config: of the run.
     """
 
     pool: RewardPool
     tokenizer: Any
+    stop_ids: frozenset[int]
     config: TrainConfig
 
     def rewards(self, prompts: list[Prompt], rollout: Rollout) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
@@ -59,11 +61,11 @@ class Scorer:
         samples = rollout.tokens.shape[0] // len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         ids = [rollout.completion_ids(n) for n in range(len(repeated))]
-        texts = [decode(self.tokenizer, row) for row in ids]
+        texts = [decode(self.tokenizer, row, self.stop_ids) for row in ids]
         names = sorted({name for prompt in prompts for name in prompt.columns or {}})
         columns = {name: [(prompt.columns or {}).get(name) for prompt in repeated] for name in names}
         scores = self.pool.score([prompt.text for prompt in repeated], texts, ids, columns)
-        return texts, scores.rewards, tuple(scores.warnings)
+        return texts, scores.rewards, scores.warnings
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> Scored:
         """Rewards, then advantages.

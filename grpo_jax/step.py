@@ -178,6 +178,7 @@ class Learner:
             hidden.reshape(rows * scored, -1),
             self.model.unembedding(params),
             target.reshape(-1),
+            transposed=True,
             temperature=self.temperature,
             softcap=self.model.softcap,
             logit_scale=self.model.logit_scale,

@@ -18,7 +18,7 @@ from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet, PromptStream, load_rows, load_tokenizer, resolve_asset, stop_ids
 from grpo_jax.evaluation import avg_at_k, pass_at_k
-from grpo_jax.mesh import initialize_distributed, make_mesh
+from grpo_jax.mesh import batch_sharding, initialize_distributed, make_mesh
 from grpo_jax.metrics import (
     CompileLog,
     JsonLines,
@@ -101,8 +101,7 @@ class Trainer:
         begun = time.perf_counter()
         _configure_jax(self.config)
         directory = rundir.open_run(self.config, self._name)
-        limits = (self.config.reward.timeout_seconds, self.config.reward.memory_limit_mb)
-        with CompileLog() as compiles, RewardPool(self._rewards, self.config.reward.weights, *limits) as pool:
+        with CompileLog() as compiles, _reward_pool(self.config, self._rewards) as pool:
             run = _Run(self.config, directory, pool, self._train, self._eval, compiles, begun)
             try:
                 return run.loop()
@@ -139,7 +138,7 @@ class _Run:
         if held_out is not None:
             rows = _rows(held_out, "eval", config)[: config.eval.prompts]
             self.held_out = PromptSet(rows, tokenizer, config.data.max_prompt_len, config.data.prompt_column)
-        stops = config.rollout.stop_token_ids or stop_ids(self.source, tokenizer)
+        stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, tokenizer))
         self.sampling = Sampling(
             config.rollout.temperature,
             config.rollout.top_k,
@@ -147,7 +146,7 @@ class _Run:
             config.rollout.max_new_tokens,
             tuple(sorted(stops)),
         )
-        self.scorer = Scorer(pool, tokenizer, config)
+        self.scorer = Scorer(pool, tokenizer, stops, config)
         self.model, params = _load(config, self.source)
         self._build_learner()
         self.say(report(self.model, config, self.layout, self.engine.prompt_len or 0))
@@ -276,7 +275,7 @@ class _Run:
         """Log what the step gave; evaluate and save when it is time. Host only."""
         tokens = int(rollout.completion_len.sum())
         rewards = reward_metrics(
-            self.scorer.pool.names, scored.by_function, scored.reward, scored.scored, scored.spread
+            list(self.scorer.pool.names), scored.by_function, scored.reward, scored.scored, scored.spread
         )
         row = {"step": step, **rewards, **rollout_metrics(rollout), **figures}
         row |= {f"seconds/{name}": spent for name, spent in self.phases.take_step().items()}
@@ -393,6 +392,17 @@ def _configure_jax(config: TrainConfig) -> None:
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:
+    overlong = {"max_completion_len": config.rollout.max_new_tokens}
+    return RewardPool(
+        functions,
+        config.reward.weights,
+        config.reward.timeout_seconds,
+        config.reward.memory_limit_mb,
+        {"soft_overlong": overlong} if "soft_overlong" in functions else None,
+    )
 
 
 def _load(config: TrainConfig, source: Path) -> tuple[Model, Params]:

@@ -69,7 +69,13 @@ def test_contract_4_tokens_do_not_depend_on_the_company(tiny):
     whole = generate(model, params, PROMPTS, 4, 20, stop_ids=[1], request_ids=[3, 1, 4, 15, 9])
     order = [4, 2, 0, 3, 1]
     shuffled = generate(
-        model, params, [PROMPTS[i] for i in order], 4, 20, stop_ids=[1], request_ids=[[3, 1, 4, 15, 9][i] for i in order]
+        model,
+        params,
+        [PROMPTS[i] for i in order],
+        4,
+        20,
+        stop_ids=[1],
+        request_ids=[[3, 1, 4, 15, 9][i] for i in order],
     )
     back = [order.index(q) * 4 + g for q in range(5) for g in range(4)]
     ordered = Rollout(*(np.asarray(getattr(shuffled, f))[back] for f in Rollout.__dataclass_fields__))

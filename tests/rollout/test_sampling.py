@@ -30,7 +30,9 @@ def exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 @pytest.mark.parametrize("vocab", [7, 256, 613])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}]
+)
 def test_draws_follow_the_truncated_distribution(vocab, options):
     sampling = Sampling(**options)
     logits = 2.0 * np.random.default_rng(vocab).standard_normal(vocab).astype(np.float32)
@@ -112,7 +114,12 @@ def test_uniforms_are_addressed_and_stay_below_one():
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p")],
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+    ],
 )
 def test_refuses_what_cannot_be_sampled(options, field):
     with pytest.raises(ValueError, match=field):
