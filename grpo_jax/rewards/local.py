@@ -4,11 +4,15 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from grpo_jax.rewards.call import Batch, RewardProblem, checked, raised
 from grpo_jax.rewards.lookup import Reward
+
+CLOSE_SECONDS = 5.0
+"""How long closing waits for cancelled coroutines to end."""
 
 
 class LoopThread:
@@ -32,10 +36,19 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(result_of(), self._loop)
 
     def close(self) -> None:
-        """Stop the loop and end the thread."""
+        """Cancel what is still awaited, stop the loop and end the thread."""
+        with suppress(TimeoutError):  # a task that refuses to be cancelled is left
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class LocalRewards:

@@ -274,6 +274,24 @@ def test_inside_a_running_event_loop():
     np.testing.assert_array_equal(asyncio.run(notebook_cell()), [[1, 3], [1, 3], [1, 3], [1, 1 / 3]])
 
 
+def test_a_failure_cancels_what_others_await(capfd):
+    ended = []
+
+    async def forever(completions, **columns):
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.append(len(completions))
+
+    def bad(completions, **columns):
+        return ["x"]
+
+    with RewardPool([bad, forever]) as pool, pytest.raises(ValueError, match="reward 'bad', row 0: returned 'x'"):
+        score(pool, ["a"])
+    assert ended == [1]
+    assert "was destroyed" not in capfd.readouterr().err
+
+
 def test_workers_run_at_the_same_time_and_apart():
     with RewardPool([reward("worker", "slow")] * 4 + [reward("worker", "process_id")] * 2) as pool:
         begun = time.monotonic()
