@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.data import (
+    ASSETS,
     PromptSet,
     PromptStream,
     check_rows,
@@ -110,16 +111,17 @@ def test_rows_given_as_objects_are_checked_too():
         check_rows([{"prompt": "a"}, {"text": "a"}])
 
 
-def test_a_path_is_itself_and_quickstart_is_the_shipped_one(tmp_path):
+def test_a_path_is_itself_and_quickstart_is_the_shipped_one(tmp_path, monkeypatch):
     assert resolve_asset(tmp_path / "quickstart", "train") == tmp_path / "quickstart"
     assert resolve_asset("some/file.jsonl", "eval").parts == ("some", "file.jsonl")
-    for kind, name in [("model", "model"), ("train", "train.jsonl"), ("eval", "eval.jsonl")]:
-        try:
-            found = resolve_asset("quickstart", kind)
-        except ValueError as error:
-            assert f"quickstart/{name} is not there; install grpo_jax again" in str(error)
-        else:
-            assert found.name == name and found.parent.name == "quickstart" and found.exists()
+    tokenizer = load_tokenizer(resolve_asset("quickstart", "model"))
+    for kind in ("train", "eval"):
+        shipped = PromptSet(load_rows(resolve_asset("quickstart", kind)), tokenizer)
+        assert len(shipped) > 100 and all("answer" in prompt.columns for prompt in shipped.prompts)
+        assert decode(tokenizer, shipped.prompts[0].tokens) == shipped.prompts[0].text
+    monkeypatch.setitem(ASSETS, "eval", "absent.jsonl")
+    with pytest.raises(ValueError, match="absent.jsonl is not there; install grpo_jax again"):
+        resolve_asset("quickstart", "eval")
 
 
 # --- tokens

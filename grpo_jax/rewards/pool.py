@@ -57,8 +57,8 @@ class RewardPool:
     the seconds that starting this worker takes; what is unscored then is NaN too, and counted.
 
     Function objects run in the calling process, one after the other, awaitables of all of them together, without a
-    time limit. One thread scores at a time. Use as a context manager, or call ``close``. Workers do not outlive this process, even one killed
-    with SIGKILL (where there is no Linux to ensure it: once their call returns).
+    time limit. One thread scores at a time. Use as a context manager, or call ``close``. On Linux no worker outlives
+    this process, even one killed with SIGKILL; elsewhere an idle one ends with it and a busy one after its call.
     """
 
     def __init__(
