@@ -189,7 +189,7 @@ def loss_cases():
 def reward_tables():
     """name -> rewards [F, Q, G], NaN for no answer."""
     rng = np.random.default_rng(20)
-    plain, pair = rng.standard_normal((1, 3, 5)), rng.standard_normal((2, 4, 5))
+    plain, pair = rng.standard_normal((1, 4, 5)), rng.standard_normal((2, 4, 5))
     absent = pair.copy()
     absent[0, 0, 1] = absent[1, 0, 3] = np.nan
     absent[:, 1, 2] = np.nan
@@ -200,10 +200,10 @@ def reward_tables():
     flat[0, 2] = 1.0
     tenths = np.full((1, 3, 10), 0.1)
     tenths[0, 2] = np.where(np.arange(10) % 3 == 0, 0.7, 0.1)
-    huge = np.array([[[1e30, -1e30, 3e29, 0.0], [1.0, 2.0, 3.0, 4.0]]])
-    binary = (rng.random((1, 5, 4)) < 0.5).astype(float)
+    huge = np.array([[[1e30, -1e30, 3e29, 0.0, 1e29], [1, 2, 3, 4, 5], [0.5, 0, 0, 1, 0], [-1, 1, 2, -2, 3]]])
+    binary = (rng.random((1, 4, 5)) < 0.5).astype(float)
     return {k: f32(v) for k, v in dict(plain=plain, pair=pair, absent=absent, flat=flat, tenths=tenths, huge=huge,
-                                       binary=binary, single=rng.standard_normal((1, 3, 1))).items()}  # fmt: skip
+                                       binary=binary, single=rng.standard_normal((1, 4, 1))).items()}  # fmt: skip
 
 
 def advantage_cases():

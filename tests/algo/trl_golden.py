@@ -1,6 +1,7 @@
 """What TRL 1.16 computed (trl_golden.npz, made by scripts/make_trl_golden.py), and its options said in ours."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -155,41 +156,59 @@ def config_of(case, **over):
     return algo.LossConfig(**(fields | correction_fields(case) | over))
 
 
-def ours(case, config=None, rows=slice(None), step=None, **over):
-    """(loss, gradient in logp, gradient in entropy) of policy_loss; `step` counts denominators over those rows."""
+def ours(case, config=None, rows=None, step=None, **over):
+    """(loss, gradient in logp, gradient in entropy) of policy_loss.
+
+    `rows` is a microbatch: the other rows are masked, which costs no other shape to compile. Denominators are counted
+    over the rows `step`, by default those of the microbatch.
+    """
     config = config_of(case) if config is None else config
     with x64():
-        cast = {k: jnp.asarray(v, case.dtype) for k, v in dataclasses.asdict(case).items() if k in _FLOATS}
-        cast |= {k: jnp.asarray(v, case.dtype) for k, v in over.items()}
-        cast = {k: v[rows] for k, v in cast.items()}
-        mask = jnp.asarray(case.mask)
-        denominators = None if step is None else algo.denominators(config, mask[step])
+        given = {name: jnp.asarray(over.get(name, getattr(case, name)), case.dtype) for name in _FLOATS}
+        mask, denominators = jnp.asarray(case.mask), None
+        if rows is not None:
+            denominators = algo.denominators(config, mask[rows if step is None else step])
+            mask = mask & jnp.isin(jnp.arange(len(mask)), rows)[:, None]
 
         def loss(logp, entropy):
-            value, metrics = algo.policy_loss(
+            return algo.policy_loss(
                 logp,
-                cast["old"],
-                cast["advantages"],
-                mask[rows],
+                given["old"],
+                given["advantages"],
+                mask,
                 config=config,
-                ref_logp=cast["ref"],
-                sampler_logp=cast["sampler"] if case.options.get("use_vllm") else None,
-                entropy=entropy,
+                ref_logp=given["ref"] if config.kl_coef else None,
+                sampler_logp=given["sampler"] if case.options.get("use_vllm") else None,
+                entropy=entropy if config.entropy_coef or config.entropy_top < 1 else None,
                 denominators=denominators,
             )
-            return value, metrics
 
-        (value, _), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(cast["logp"], cast["entropy"])
+        (value, _), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(given["logp"], given["entropy"])
         return float(value), *(np.asarray(g, np.float64) for g in grads)
+
+
+def our_metrics(case):
+    """{name: sum / count} of policy_loss on a whole step."""
+    with x64():
+        given = [jnp.asarray(x) for x in (case.logp, case.old, case.advantages, case.mask)]
+        more = {"ref_logp": jnp.asarray(case.ref), "entropy": jnp.asarray(case.entropy)}
+        _, metrics = algo.policy_loss(*given, config_of(case), **more)
+        return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
 
 _FLOATS = ("logp", "old", "ref", "sampler", "entropy", "advantages")
 
 
+def ours_by_part(case, config=None, step=None):
+    """The same in the microbatches TRL took: losses one by one, gradients summed."""
+    found = [ours(case, config, rows, step) for rows in case.parts]
+    return np.array([f[0] for f in found]), *(sum(f[i] for f in found) for i in (1, 2))
+
+
 def ours_accumulated(case, config=None):
-    """The same in the microbatches TRL took, denominators counted over all of them: summed loss, stacked gradients."""
-    found = [ours(case, config, rows, step=slice(None)) for rows in case.parts]
-    return sum(f[0] for f in found), *(np.concatenate([f[i] for f in found]) for i in (1, 2))
+    """The microbatches accumulated into one step: denominators counted over all rows, losses summed."""
+    losses, *grads = ours_by_part(case, config, step=slice(None))
+    return losses.sum(), *grads
 
 
 def same(got, want, dtype="float64"):
@@ -207,7 +226,13 @@ def combine(rewards, weights):
     return np.nansum(rewards * weights[:, None, None], axis=0), ~np.isnan(rewards).all(axis=0)
 
 
+@functools.cache
+def _jitted():
+    return jax.jit(algo.group_advantages, static_argnames=("estimator", "ddof", "eps"))
+
+
 def group_advantages(rewards, dtype="float64", **options):
+    """algo.group_advantages under jit, whose few compilations are quicker than op by op."""
     with x64():
         options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-        return np.asarray(algo.group_advantages(jnp.asarray(rewards, dtype), **options), np.float64)
+        return np.asarray(_jitted()(jnp.asarray(rewards, dtype), **options), np.float64)
