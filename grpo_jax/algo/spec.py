@@ -252,7 +252,7 @@ class Recipe:
     advantage: Advantage = _field(
         "grpo", "Estimator of the advantage; MATH.md section 1 gives the formulas. gae needs a critic."
     )
-    loss: LossConfig = _field(LossConfig(), "The loss part.")
+    loss: LossConfig = _field(LossConfig(), "The loss part: everything `policy_loss` is told.")
     ddof: int = _field(1, "Degrees of freedom taken from the count in standard deviations: 1 (TRL, verl) or 0.")
     eps: float = _field(1e-4, "Added to the group's standard deviation, in units of reward, at least 0 (TRL).")
     weight: Weight = _field(
