@@ -130,6 +130,8 @@ SINGLES = [
                                      "vespo_lambda_neg": 0.0}),
     ("tis_below_one", "vespo", "main", correction("token_truncate", None, 0.8)),
     ("icepop_above_one", "vespo", "holes", correction("token_mask", 1.05, None)),
+    # With the default k a sequence that holds a rejected token weighs nothing; here it weighs about 1e-4.
+    ("icepop_small_k", "vespo", "wide", correction("token_mask", 0.5, 2.0, vespo_k_pos=0.5, vespo_k_neg=0.5)),
     ("missing_sampler", "dapo", "missing", correction("token_truncate", None, 3.0)),
     ("missing_sampler", "grpo", "missing", correction("sequence_mask", None, 3.0)),
     ("missing_sampler_off_policy", "dapo", "missing", VLLM | {"off_policy_mask_threshold": 0.05,
