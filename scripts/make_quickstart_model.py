@@ -137,6 +137,32 @@ def pretrain(model: Model, params: Params, batches: Iterable[TrainBatch], steps:
     return state.params
 
 
+def start_figures(model: Model, params: Params, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Where reinforcement learning starts, on the held-out prompts: shares of completions and of prompts."""
+    rows = task.dataset("eval", EVAL_ROWS, EVAL_SEED)
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+
+    def sample(num_samples: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        rollout = grpo_jax.generate(
+            model, params, prompts, num_samples, max_new_tokens=task.MAX_COMPLETION_TOKENS, temperature=temperature
+        )
+        ids = [rollout.completion_ids(row) for row in range(len(rollout.finish))]
+        stated = [task.parse(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+        answers = [row["answer"] for row in rows for _ in range(num_samples)]
+        correct = np.array([said == answer for said, answer in zip(stated, answers, strict=True)])
+        parsed = np.array([said is not None for said in stated]) & (rollout.finish == "stop")
+        return correct.reshape(len(rows), num_samples), parsed
+
+    greedy, _ = sample(1, 0.0)
+    drawn, parsed = sample(8, 1.0)
+    return {
+        "greedy accuracy": float(greedy.mean()),
+        "avg@8": float(drawn.mean()),
+        "pass@8": float(drawn.any(1).mean()),
+        "stops and parses": float(parsed.mean()),
+    }
+
+
 def main() -> None:
     """Write the data, then the tokenizer and the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,6 +181,8 @@ def main() -> None:
     batches = pretraining_batches(tokenizer, arguments.seed, ROWS)
     params = pretrain(model, model.init(arguments.seed), batches, arguments.steps)
     save_hf(model, params, arguments.directory / "model")
+    for name, value in start_figures(model, params, tokenizer).items():
+        print(f"{name} {value:.3f}")
 
 
 if __name__ == "__main__":

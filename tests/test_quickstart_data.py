@@ -138,6 +138,20 @@ def test_reward_on_right_wrong_garbage_and_empty():
     assert scores == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 
 
+def test_shuffled_control_deals_the_same_rewards_out_anew():
+    stream, rng = draw(64)
+    texts = [task.write_working(problem, 0.5, rng) for problem in stream]
+    batch = {
+        "prompts": [problem.prompt for problem in stream],
+        "completions": texts,
+        "completion_ids": [[]] * 64,
+        "answer": [problem.answer for problem in stream],
+    }
+    true, control = resolve("quickstart")(**batch), resolve("grpo_jax.quickstart.controls:shuffled")(**batch)
+    assert sum(control) == sum(true) and control != true
+    assert control == resolve("grpo_jax.quickstart.controls:shuffled")(**batch)
+
+
 @given(st.text(max_size=80))
 def test_any_string_gets_a_reward(text):
     (score,) = resolve("quickstart")(prompts=["1"], completions=[text], completion_ids=[[]], answer=["792"])
