@@ -164,6 +164,16 @@ def sequences(mask, segments):
 # Ratios and weights of one sequence (a list of tokens).
 
 
+CORRECTION_BOUNDS = {
+    "tis": (None, 2.0),
+    "icepop": (0.5, 5.0),
+    "seq_tis": (None, 3.0),
+    "seq_mask": (None, 3.0),
+    "geo_gate": (0.999, 1.002),
+}
+"""The bounds (low, high) where none are given; the others must be given theirs."""
+
+
 def mean_log_ratio(seq):
     return total(t.d for t in seq) / max(len(seq), 1)
 
@@ -181,6 +191,8 @@ def set_ratios(seq, level):
 
 def weights(seq, name, low, high, veto):
     """The weight of each token under a sampler correction (1 with none), then the veto of the whole sequence."""
+    default_low, default_high = CORRECTION_BOUNDS.get(name, (None, None))
+    low, high = default_low if low is None else low, default_high if high is None else high
     w = [math.exp(t.log_w) for t in seq]
     whole = math.exp(min(max(math.fsum(t.log_w for t in seq), -20.0), 20.0))
     geometric = math.exp(math.fsum(t.log_w for t in seq) / max(len(seq), 1))
@@ -265,8 +277,12 @@ def vespo(t, cfg):
     return -math.exp(lam + k * log_ratio - lam * math.exp(log_ratio)) * t.adv * t.logp
 
 
+def probability(logp):
+    return math.exp(logp) if logp < 700.0 else math.inf
+
+
 def dppo(t, cfg):
-    moved = math.exp(t.logp.v) - math.exp(t.old.v)
+    moved = probability(t.logp.v) - probability(t.old.v)
     too_far_up = t.adv > 0 and cfg.clip_high is not None and moved > cfg.clip_high
     too_far_down = t.adv < 0 and cfg.clip_low is not None and moved < -cfg.clip_low
     keep = 0.0 if too_far_up or too_far_down else 1.0
