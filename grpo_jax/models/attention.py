@@ -19,7 +19,7 @@ Rotation = tuple[jax.Array, jax.Array]
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention's weights. ``fused`` holds q, k and v as one weight by key head, for decoding."""
+    """Grouped-query attention's weights. ``fused`` holds q, k and v as one weight by key head."""
 
     def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
         """Weights are [H, d, D], [K, d, D] twice and [D, H, d]; fused [K, H / K + 2, d, D] and [D, H, d]."""

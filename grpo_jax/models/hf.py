@@ -218,10 +218,9 @@ def _check(model: Model, entries: list[Entry], tensors: TensorFile) -> None:
 def _read(tensors: TensorFile, entries: list[Entry], target: jax.ShapeDtypeStruct) -> jax.Array:
     buffer = np.empty(target.shape, target.dtype)
     for entry in entries:
-        place = buffer if entry.index is None else buffer[entry.index]
-        place[...] = tensors.read(entry.name).reshape(place.shape)
-    array = jax.make_array_from_callback(target.shape, target.sharding, lambda index: buffer[index])
-    return array.block_until_ready()
+        slot = buffer[...] if entry.index is None else buffer[entry.index]
+        slot[...] = tensors.read(entry.name).reshape(slot.shape)
+    return transformer.place(buffer, target.sharding)
 
 
 def _plan_shards(entries: list[Entry], dtypes: dict[str, str], default: str, shard_bytes: int) -> list[list[Entry]]:

@@ -110,7 +110,7 @@ class Embedding(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight, for decoding."""
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight."""
 
     def __init__(self, compute: Compute, width: int, ffn: int, bias: bool, fused: bool):
         """``ffn`` is the inner width F."""

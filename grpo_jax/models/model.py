@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.mesh import single_device_mesh, spec_for
 from grpo_jax.models import transformer
-from grpo_jax.models.layers import Compute, Weight
+from grpo_jax.models.layers import Compute
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import KeyValue, Layout
 from grpo_jax.types import Params
@@ -44,7 +44,8 @@ class Model:
             reinforcement learning an update is less than half a bfloat16 step and would be lost.
         precision: of every matmul on every backend; by default "highest" in float32 and "default" in bfloat16.
         mesh: by default the first device alone.
-        remat: "none", "full", or "attention" (keep only the attention's output and projection for the backward pass).
+        remat: what a layer keeps for the backward pass: "none" recomputes no product, "attention" keeps the
+            attention's output and projection, "full" keeps the layer's input alone.
     """
 
     spec: ModelSpec
@@ -63,7 +64,7 @@ class Model:
         _legal("dtype", self.dtype, COMPUTE_DTYPES)
         _legal("param_dtype", self.param_dtype, COMPUTE_DTYPES)
         _legal("precision", self.precision, PRECISIONS)
-        _legal("remat", self.remat, transformer.REMAT)
+        _legal("remat", self.remat, tuple(transformer.REMAT))
 
     # The tables below are functions of the fields; a cached_property writes beside the frozen fields.
 
@@ -123,9 +124,18 @@ class Model:
     def init(self, seed: int) -> Params:
         """New parameters in their sharding: normal with deviation 0.02, biases 0, norm scales 1.
 
-        The same on every mesh. Jitted.
+        Drawn on the host, one parameter at a time, so they are the same on every mesh and nothing is compiled.
         """
-        return jax.jit(partial(_init, self), out_shardings=self.param_shardings)(seed)
+        leaves, tree = jax.tree.flatten(self.layout.weights)
+        targets = jax.tree.leaves(self.abstract_params)
+        made = []
+        for index, (weight, target) in enumerate(zip(leaves, targets, strict=True)):
+            value = np.full(weight.shape, 1.0 if weight.start == "ones" else 0.0, target.dtype)
+            if weight.start == "normal":
+                draw = np.random.default_rng([seed, index]).standard_normal(weight.shape, np.float32)
+                value = (0.02 * draw).astype(target.dtype)
+            made.append(transformer.place(value, target.sharding))
+        return jax.tree.unflatten(tree, made)
 
     def hidden(
         self,
@@ -230,18 +240,6 @@ def _logits(model: Model, params: Params, tokens: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=0)
 def _decode_view(model: Model, params: Params) -> View:
     return transformer.decode_view(model.layout, params)
-
-
-def _init(model: Model, seed: jax.Array) -> Params:
-    weights, tree = jax.tree.flatten(model.layout.weights)
-    keys = jax.random.split(jax.random.key(seed), len(weights))
-
-    def start(weight: Weight, key: jax.Array) -> jax.Array:
-        if weight.start == "normal":
-            return (0.02 * jax.random.normal(key, weight.shape)).astype(model.param_dtype)
-        return jnp.full(weight.shape, 1.0 if weight.start == "ones" else 0.0, model.param_dtype)
-
-    return jax.tree.unflatten(tree, [start(weight, key) for weight, key in zip(weights, keys, strict=True)])
 
 
 def _legal(name: str, value: str | None, legal: tuple[str, ...]) -> None:

@@ -5,14 +5,16 @@ Declarations (``Layout``) are built once from a spec. From there on parameters a
 repeats.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
 from grpo_jax.mesh import GATHERED_RULES
 from grpo_jax.models.attention import (
@@ -32,14 +34,20 @@ KeyValue = tuple[jax.Array, jax.Array]
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """(q, k, v) -> what the queries read, and anything to carry out of the block."""
 
-REMAT = ("none", "full", "attention")
+REMAT: Mapping[str, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+"""What a layer keeps for the backward pass: every product (only elementwise work is done twice, which takes no time and
+half the memory), nothing but its input, or the attention's output and projection."""
 
 
 class Block(nnx.Module):
     """One pre-norm decoder layer."""
 
     def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
-        """``fused`` is for decoding: qkv in one weight, gate and up in one."""
+        """``fused``: q, k and v in one weight, gate and up in one."""
         self.input_norm = RMSNorm(compute, layer.width, layer.norm_eps)
         self.attention = Attention(compute, layer, fused)
         self.mlp_norm = RMSNorm(compute, layer.width, layer.norm_eps)
@@ -75,7 +83,7 @@ class Layout:
         runs: of layers.
         outer: graph of ``Outer``.
         blocks: graph and declarations of ``Block`` for each distinct layer.
-        fused: the same for decoding.
+        fused: the same with joined weights.
         weights: nested dict of ``Weight``: the parameters.
     """
 
@@ -148,15 +156,32 @@ def hidden_states(
 
         def body(x: jax.Array, stacked: list[Any], run: Run = run) -> tuple[jax.Array, None]:
             for layer, weights in zip(run.pattern, stacked, strict=True):
-                graph, declared = layout.blocks[layer]
-                block = nnx.merge(graph, use(layout, weights, declared))
-                x, _ = block(x, turns[layer.rotary, layer.head_dim], mix)
+                x, _ = _training_block(layout, layer, weights)(x, turns[layer.rotary, layer.head_dim], mix)
                 x = compute.shard(x, "batch", None, None)
             return x, None
 
         stacks = [params["layers"][stack_name(index, place)] for place in range(len(run.pattern))]
-        x, _ = jax.lax.scan(_remat(body, remat), x, stacks)
+        x, _ = jax.lax.scan(jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), x, stacks)
     return compute.shard(outer.norm(x), "batch", None, None)
+
+
+def _training_block(layout: Layout, layer: LayerSpec, params: dict[str, Any]) -> Block:
+    """The block of one layer. Its joined weights are fused where that moves nothing between devices: fewer matmuls."""
+    graph, declared = layout.blocks[layer]
+    params = use(layout, params, declared)
+    if layout.compute.mesh.shape["tensor"] > 1:
+        return nnx.merge(graph, params)
+    return nnx.merge(layout.fused[layer][0], fuse(params))
+
+
+def fuse(params: dict[str, Any]) -> dict[str, Any]:
+    """A layer's parameters -> those of the fused block: q, k and v as one weight, gate and up as one."""
+    return params | {"attention": fuse_attention(params["attention"]), "mlp": fuse_mlp(params["mlp"])}
+
+
+def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same on every host, in its sharding; waits until ``value`` is free again."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index]).block_until_ready()
 
 
 def use(layout: Layout, params: Any, weights: Any) -> Any:
@@ -174,8 +199,7 @@ def decode_view(layout: Layout, params: dict[str, Any]) -> dict[str, Any]:
     layers = []
     for layer, (name, index) in zip(layout.layers, layer_places(layout.runs), strict=True):
         one = jax.tree.map(lambda x, i=index: x[i], params["layers"][name])
-        one = one | {"attention": fuse_attention(one["attention"]), "mlp": fuse_mlp(one["mlp"])}
-        layers.append(use(layout, one, layout.fused[layer][1]))
+        layers.append(use(layout, fuse(one), layout.fused[layer][1]))
     return {"outer": use(layout, params["outer"], layout.weights["outer"]), "layers": tuple(layers)}
 
 
@@ -242,14 +266,6 @@ def _unrolled(
         x, carried = block(x, turns[layer.rotary, layer.head_dim], mix_at(index))
         cache.append(carried)
     return x, tuple(cache)
-
-
-def _remat(body: Callable, remat: str) -> Callable:
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return body
-    policy = policies.nothing_saveable if remat == "full" else policies.save_only_these_names("attention")
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 def _split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:

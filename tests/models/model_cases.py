@@ -12,6 +12,9 @@ from safetensors.numpy import save_file
 from grpo_jax.models import Model, ModelSpec
 from grpo_jax.models.hf import tensor_entries
 
+HIDDEN, PREFILL, DECODE = (jax.jit(f, static_argnums=0) for f in (Model.hidden, Model.prefill, Model.decode))
+"""Jitted with the model static, so that tests of equal shapes share a compile."""
+
 GOLDEN = Path(__file__).parent / "golden"
 
 LLAMA3 = {
@@ -44,17 +47,14 @@ def config(model_type: str = "qwen2", **fields: Any) -> dict[str, Any]:
 def random_model(seed: int = 0, model: dict[str, Any] | None = None, **fields: Any) -> tuple[Model, Any]:
     """A model and parameters with every norm scale and bias drawn at random, no two alike."""
     built = Model(ModelSpec.from_hf(config(**fields)), **(model or {}))
-    leaves, tree = jax.tree.flatten(built.init(0))
-    spread = jax.tree.leaves(built.decay_mask)
-    places = jax.tree.leaves(built.param_shardings)
-    drawn = []
+    leaves, tree = jax.tree.flatten(built.init(seed))
     rng = np.random.default_rng(seed)
-    for leaf, matrix, place in zip(leaves, spread, places, strict=True):
-        noise = 0.3 * rng.standard_normal(leaf.shape)
-        drawn.append(
-            jax.device_put((noise if matrix else np.asarray(leaf, np.float32) + noise).astype(leaf.dtype), place)
-        )
-    return built, jax.tree.unflatten(tree, drawn)
+
+    def draw(leaf: jax.Array) -> jax.Array:
+        value = np.asarray(leaf, np.float32) + 0.3 * rng.standard_normal(leaf.shape)
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    return built, jax.tree.unflatten(tree, [draw(leaf) for leaf in leaves])
 
 
 def random_tokens(shape: tuple[int, ...], vocab: int = 61, seed: int = 1) -> np.ndarray:
