@@ -58,6 +58,8 @@ COPIED = (
 
 SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
+"""Tensor files of an older checkpoint, and what a crash left of one."""
 
 
 @dataclass(frozen=True)
@@ -297,8 +299,9 @@ def _put_in_place(target: Path, files: list[str]) -> None:
         with open(target / (name + PARTIAL), "rb") as file:
             os.fsync(file.fileno())
     (target / CONFIG).unlink(missing_ok=True)
+    waiting = {name + PARTIAL for name in files}
     for path in list(target.iterdir()):
-        if path.name in (SINGLE, INDEX) or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", path.name):
+        if OURS.fullmatch(path.name) and path.name not in waiting:
             path.unlink()
     for name in sorted(files, key=lambda name: name == CONFIG):
         os.replace(target / (name + PARTIAL), target / name)
