@@ -28,7 +28,8 @@ def adaptive_kl(
       coef (1 + clip(kl / target - 1, -0.2, 0.2) completions / horizon), float32 (float64 for float64).
     """
     error = jnp.clip(as_float(kl) / target - 1, -0.2, 0.2)
-    return as_float(coef) * (1 + error * as_float(completions) / horizon)
+    coef = as_float(coef)
+    return coef * (1 + error * jnp.asarray(completions, coef.dtype) / horizon)
 
 
 class EntropyController(NamedTuple):

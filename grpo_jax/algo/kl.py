@@ -9,10 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from grpo_jax.algo.arrays import LOG_RATIO_LIMIT, bound, fixed, magnitude
+
+
+@jax.custom_jvp
+def exp_above_tangent(x: Array) -> Array:
+    """Return exp(x) - x - 1 with derivative expm1(x), where differentiating expm1 gives exp(x) - 1 and loses digits."""
+    return jnp.expm1(x) - x
+
+
+@exp_above_tangent.defjvp
+def _exp_above_tangent_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return exp_above_tangent(x), jnp.expm1(x) * dx
 
 
 def k1(x: Array, ratio: Array) -> Array:
@@ -31,8 +44,7 @@ def k3(x: Array, ratio: Array) -> Array:
     Written with expm1, which keeps small x; x is bounded above in both terms, so that far above the gradient is 0 and
     does not turn round.
     """
-    y = bound(x, None, LOG_RATIO_LIMIT)
-    return jnp.expm1(y) - y
+    return exp_above_tangent(bound(x, None, LOG_RATIO_LIMIT))
 
 
 def absolute(x: Array, ratio: Array) -> Array:

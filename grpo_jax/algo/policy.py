@@ -117,9 +117,9 @@ def _policy_term(
         "clip_ratio/region": jnp.sum(mask & (term.low | term.high)),
     }
     if weight is not None:
-        if config.surrogate != "vespo":
+        if config.surrogate != "vespo":  # there the weight is inside the term, and drops no token by itself
             loss = loss * weight
-        kept &= weight > 0
+            kept &= weight > 0
         metrics["is_weight"] = masked_sum(weight, mask)
     if config.veto is not None and sampler_logp is not None:
         kept &= not_vetoed(tokens, sampler_logp, config.veto)

@@ -89,7 +89,7 @@ CASES |= {
     "combine_rewards": (algo.combine_rewards, ("by_function",)),
     "soft_overlong": (lambda x: algo.soft_overlong(x, 9), ("lengths",)),
     "overlong_filter": (lambda x: algo.overlong_filter(MASK, x > 0), ("row_rewards",)),
-    "has_spread": (algo.has_spread, ("rewards",)),
+    "has_spread": (lambda x: algo.has_spread(x, x > 0.3), ("rewards",)),
     "whiten": (lambda x: algo.whiten(x, MASK), ("logp",)),
     "clip_symmetric": (lambda x: algo.clip_symmetric(x, 0.3), ("rewards",)),
     "kl_in_reward": (lambda r, x, y: algo.kl_in_reward(r, x, y, MASK, 0.1), ("rewards", "logp", "logp")),
