@@ -68,19 +68,9 @@ class Scorer:
         return texts, scores.rewards, scores.warnings
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> Scored:
-        """Rewards, then advantages.
-
-        Raises:
-            ValueError: a reward that float32 cannot hold, by function and row.
-        """
+        """Rewards, then advantages and what is trained."""
         texts, by_function, warnings = self.rewards(prompts, rollout)
-        with np.errstate(over="ignore"):
-            rewards = by_function.astype(np.float32)
-        for function, row in np.argwhere(np.isinf(rewards)):
-            raise ValueError(
-                f"reward {self.pool.names[function]}: got {by_function[function, row]!r} for row {row}, which float32 "
-                "cannot hold, so no mean over its group exists. Return finite numbers of ordinary size."
-            )
+        rewards = by_function.astype(np.float32)
         shape = (len(rewards), len(prompts), -1)
         weights = np.asarray(self.config.reward.weights or (1.0,) * len(rewards), np.float32)
         out = _judge(

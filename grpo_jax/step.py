@@ -121,7 +121,7 @@ class Learner:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
         zeros = jax.lax.with_sharding_constraint(zeros, self.model.param_shardings)
         grads, (losses, (sums, maxima)) = jax.lax.scan(accumulate, zeros, self._split(batch))
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         fine = jnp.isfinite(norm) & jnp.isfinite(losses.sum()) & (denominators.tokens > 0)
         sums = jax.tree.map(lambda x: x.sum(0), sums)
         one = jnp.ones((), jnp.float32)

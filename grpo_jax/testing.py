@@ -1,9 +1,11 @@
 """Tiny models and data for tests, made on the spot: no network, no files."""
 
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from grpo_jax.models.hf import save_hf
 from grpo_jax.models.model import Model
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
@@ -40,3 +42,24 @@ def tiny_model(mesh: Mesh | None = None, seed: int = 0, scale: float = 6.0, **ov
     fields = {name: overrides.pop(name) for name in ("dtype", "param_dtype", "remat") if name in overrides}
     model = Model(ModelSpec.from_hf(tiny_config(**overrides)), mesh=mesh, **fields)
     return model, model.scale_matrices(model.init(seed), scale)
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of single characters: pad 0, end of text 1, then digits, letters and a few signs; no template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<pad>", "<eos>", *"0123456789abcdefghijklmnopqrstuvwxyz +-=?.,:"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="?")
+
+
+def tiny_checkpoint(directory: str | Path, seed: int = 0, scale: float = 3.0, **overrides: Any) -> Path:
+    """Write a random model with its tokenizer as a Hugging Face directory."""
+    model, params = tiny_model(seed=seed, scale=scale, **overrides)
+    save_hf(model, params, directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return Path(directory)

@@ -223,5 +223,5 @@ def test_weight_decay_and_clip_act_as_named(tiny, rollout):
     clipped = learner_for(model, loss_of("dapo"), optim=None)
     clipped = replace(clipped, optimizer=optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0)))
     state, _, _ = clipped.update(clipped.init(jax.tree.map(jnp.copy, params)), batch, np.int32(16))
-    moved = optax.global_norm(jax.tree.map(lambda a, b: a - b, params, state.params))
+    moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, params, state.params))
     assert float(moved) == pytest.approx(1e-3, rel=1e-3)
