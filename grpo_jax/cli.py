@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import tyro
 from pydantic import ValidationError
@@ -14,6 +13,9 @@ USAGE = """Train a language model with group-relative policy optimization.
 
 train.py [CONFIG.toml] [--dotted.field value ...]; without a config it runs the quickstart the package ships."""
 
+QUICKSTART = Path(__file__).parent / "quickstart" / "quickstart.toml"
+"""What runs when no config is given."""
+
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, str]:
     """Arguments -> the run's config and the name its directory is called after.
@@ -23,11 +25,9 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str]:
         SystemExit: after --help, or when an option does not parse; what was wrong is printed.
     """
     arguments = [{"none": "None", "true": "True", "false": "False"}.get(a, a) for a in arguments]
-    tables: dict[str, Any] = {}
-    name = "quickstart"
-    if arguments and not arguments[0].startswith("-"):
-        file = Path(arguments.pop(0))
-        tables, name = read_toml(file), file.stem
+    given = arguments and not arguments[0].startswith("-")
+    file = Path(arguments.pop(0)) if given else QUICKSTART
+    tables, name = read_toml(file), file.stem
     preset = _option(arguments, "--algorithm.preset")
     if preset is not None:
         # The preset decides what the other fields of its table default to, so it is read before they are.

@@ -69,7 +69,7 @@ class RolloutConfig(Section):
     """Prompts of one step (Q)."""
     num_samples: int = Field(8, ge=2)
     """Completions of each prompt (G); group-relative advantages need at least 2."""
-    max_new_tokens: PositiveInt = 48
+    max_new_tokens: PositiveInt = 256
     """Longest completion in tokens, its stop token included."""
     temperature: PositiveFloat = 1.0
     """Divides the logits, in the sampler and in the learner alike."""
@@ -139,7 +139,7 @@ class RewardConfig(Section):
 class OptimConfig(Section):
     """The optimizer: AdamW behind a global-norm clip."""
 
-    learning_rate: NonNegativeFloat = 1e-3
+    learning_rate: NonNegativeFloat = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last update."""
@@ -147,7 +147,7 @@ class OptimConfig(Section):
     """Updates over which the learning rate rises linearly from 0."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -182,7 +182,7 @@ class EvalConfig(Section):
     samples: int = Field(0, ge=0)
     """Samples a prompt for avg@k and pass@k, drawn at rollout.temperature; 0 switches both off."""
     correct_above: float = 0.5
-    """A completion is correct when its weighted reward is above this."""
+    """A completion is correct when the first reward function gives more than this."""
 
 
 class CheckpointConfig(Section):
@@ -217,11 +217,11 @@ class LogConfig(Section):
 
 
 class TrainConfig(Section):
-    """A whole run; its defaults are the quickstart."""
+    """A whole run. The defaults suit a pretrained model of ordinary size; model, data and reward are the quickstart's."""
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the data order, the sampling and everything else that is drawn."""
-    steps: PositiveInt = 60
+    steps: PositiveInt = 200
     """Rollouts to train on."""
     output_dir: str | None = None
     """Directory of the run; one that holds this config's checkpoint is resumed. none: runs/<config>-<time>."""

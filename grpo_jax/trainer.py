@@ -279,7 +279,8 @@ class _Run:
         )
         row = {"step": step, **rewards, **rollout_metrics(rollout), **figures}
         row |= {f"seconds/{name}": spent for name, spent in self.phases.take_step().items()}
-        row |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "compile_count": self.compiles.count}
+        row |= {"seconds": seconds, "seconds/elapsed": self.elapsed()}
+        row |= {"tokens_per_second": tokens / seconds, "compile_count": self.compiles.count}
         self.metrics.write(row)
         self._write_completions(step, prompts, rollout, scored)
         for warning in scored.warnings:
@@ -306,6 +307,7 @@ class _Run:
                     "eval/pass_at_k": float(np.mean([pass_at_k(k, int(c), k) for c in correct])),
                 }
         self.record["accuracy"].append(row["eval/accuracy"])
+        row["seconds/elapsed"] = self.elapsed()
         self.metrics.write(row)
         names = {"eval/accuracy": "greedy", "eval/avg_at_k": f"avg@{k}", "eval/pass_at_k": f"pass@{k}"}
         self.say(f"held-out after step {step}: " + ", ".join(f"{n} {row[f]:.1%}" for f, n in names.items() if f in row))
@@ -330,8 +332,7 @@ class _Run:
         """Write the one record from which the run goes on."""
         with self.phases("checkpoint"):
             self.record |= {"step": step, "cursor": self.prompts.state(), "phases": dict(self.phases.total)}
-            record = self.record | {"seconds": self.record["seconds"] + time.perf_counter() - self.begun}
-            self.store.save(step, self.state, record)
+            self.store.save(step, self.state, self.record | {"seconds": self.elapsed()})
 
     def finish(self) -> dict[str, Any]:
         """Export, draw and sum up."""
@@ -345,7 +346,7 @@ class _Run:
             "accuracy_best": max(accuracy) if accuracy else None,
             "accuracy_last": accuracy[-1] if accuracy else None,
             "steps": self.config.steps,
-            "seconds": self.record["seconds"] + time.perf_counter() - self.begun,
+            "seconds": self.elapsed(),
             "seconds_by_phase": dict(self.phases.total),
             "compile_seconds": self.compiles.seconds,
             "peak_memory_bytes": _peak_memory(),
@@ -362,6 +363,10 @@ class _Run:
         self.store.close()
         self.metrics.close()
         self.completions.close()
+
+    def elapsed(self) -> float:
+        """Seconds since the run began, those before a resume included."""
+        return self.record["seconds"] + time.perf_counter() - self.begun
 
     def say(self, line: str) -> None:
         """Print a line, unless the run is quiet."""

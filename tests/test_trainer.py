@@ -122,9 +122,8 @@ def test_the_exported_model_is_the_trained_one(run):
     tokens = np.arange(24).reshape(2, 12) % 40 + 2
     assert np.abs(np.asarray(model.logits(params, tokens) - start.logits(first, tokens))).max() > 1e-3
     pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float32)
     with torch.no_grad():
