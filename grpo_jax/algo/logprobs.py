@@ -24,8 +24,10 @@ from grpo_jax.algo.refusals import refuse
 
 PLAIN_LOGITS = 2**21
 """Up to this many logits the plain form is taken: it is faster, and 8 MiB are no burden."""
-CHUNK_LOGITS = 2**22
-"""Logits of a default chunk."""
+CHUNK_FLOATS = 2**22
+"""What a default chunk may hold: 16 MiB in float32."""
+LANES = 128
+"""Default chunks are multiples of this, which tiled matmuls like."""
 LEAST_VOCAB_CHUNK = 512
 """Narrower chunks of the vocabulary starve the matmul: with more tokens than fit, these are cut as well."""
 
@@ -73,9 +75,9 @@ def logprobs_and_entropy(
       temperature: of the distribution, above 0.
       softcap: bound on the magnitude of the logits before the temperature; None: none.
       logit_scale: multiplies the logits before the soft-cap.
-      token_chunk: tokens whose logits are alive at once; None: chosen from the shapes.
-      vocab_chunk: vocabulary entries whose logits are alive at once; None: chosen from the shapes. Chunks need not
-        divide M or V; chunks that hold all of both are the plain form.
+      token_chunk: tokens whose logits are alive at once; None: all, or if vocab_chunk is None too, by the shapes.
+      vocab_chunk: vocabulary entries whose logits are alive at once; None: all, or if token_chunk is None too, by the
+        shapes. Chunks need not divide M or V; chunks that hold all of both are the plain form.
       with_entropy: whether to compute the entropy.
       transposed: whether `unembed` is [V, D].
       precision: of the matmuls, as `jax.lax.dot_general` takes it.
@@ -91,7 +93,7 @@ def logprobs_and_entropy(
     chex.assert_equal(hidden.shape[1], unembed.shape[1 if transposed else 0])
     _check(temperature, softcap, token_chunk, vocab_chunk)
     count, vocab = hidden.shape[0], unembed.shape[0 if transposed else 1]
-    tokens, entries = chunk_sizes(count, vocab, token_chunk, vocab_chunk)
+    tokens, entries = chunk_sizes(count, hidden.shape[1], vocab, token_chunk, vocab_chunk)
     head = Head(temperature, softcap, logit_scale, transposed, precision, entries, with_entropy)
     if tokens >= count and entries >= vocab:
         logp, entropy = _plain(head, hidden, unembed, targets)
@@ -104,19 +106,19 @@ def logprobs_and_entropy(
 
 
 def chunk_sizes(
-    count: int, vocab: int, token_chunk: int | None = None, vocab_chunk: int | None = None
+    count: int, width: int, vocab: int, token_chunk: int | None = None, vocab_chunk: int | None = None
 ) -> tuple[int, int]:
-    """Return (tokens, vocabulary entries) of a chunk for `count` tokens, as given or chosen from the shapes."""
-    if token_chunk is None and vocab_chunk is None and count * vocab <= PLAIN_LOGITS:
-        return count, vocab
-    if vocab_chunk is None:
-        rows = count if token_chunk is None else min(token_chunk, count)
-        # A caller who chunks the tokens keeps the whole vocabulary in each.
-        vocab_chunk = vocab if token_chunk is not None else max(CHUNK_LOGITS // max(rows, 1), LEAST_VOCAB_CHUNK)
-    vocab_chunk = min(vocab_chunk, vocab)
-    if token_chunk is None:
-        token_chunk = max(CHUNK_LOGITS // vocab_chunk, LEAST_VOCAB_CHUNK)
-    return max(min(token_chunk, count), 1), vocab_chunk
+    """Return (tokens, vocabulary entries) of a chunk for [count, width] hidden states, as given or chosen.
+
+    Of tokens and vocabulary the caller's choice of one leaves the other whole. Without any, the vocabulary is cut so
+    that the logits of a chunk, its slice of the unembedding and that slice's gradient fit into CHUNK_FLOATS; where
+    that makes the slice too narrow for the matmul, the tokens are cut as well.
+    """
+    if token_chunk is not None or vocab_chunk is not None or count * vocab <= PLAIN_LOGITS:
+        return min(token_chunk or count, max(count, 1)), min(vocab_chunk or vocab, vocab)
+    fitting = CHUNK_FLOATS // (count + 2 * width) // LANES * LANES
+    vocab_chunk = min(max(fitting, LEAST_VOCAB_CHUNK), vocab)
+    return min(max(CHUNK_FLOATS // vocab_chunk, LEAST_VOCAB_CHUNK), count), vocab_chunk
 
 
 def _check(temperature: float, softcap: float | None, token_chunk: int | None, vocab_chunk: int | None) -> None:

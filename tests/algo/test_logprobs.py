@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_jax.algo.logprobs import PLAIN_LOGITS, chunk_sizes, logprobs_and_entropy
+from grpo_jax.algo.logprobs import CHUNK_FLOATS, chunk_sizes, logprobs_and_entropy
 
 M, D, V = 13, 7, 101
 CHUNKS = [(None, None), (5, None), (None, 17), (4, 30), (13, 100), (1, 1), (12, 101), (1000, 1000)]
@@ -129,12 +129,15 @@ def test_memory_is_that_of_a_chunk():
 
 
 def test_default_chunks():
-    assert chunk_sizes(8, 100) == (8, 100)
+    assert chunk_sizes(8, 4, 100) == (8, 100)
     for count, vocab in [(512, 152_000), (65_536, 152_000), (10, 10_000_000), (1_000_000, 300)]:
-        tokens, entries = chunk_sizes(count, vocab)
-        assert 1 <= tokens <= count and 1 <= entries <= vocab and tokens * entries <= 2 * PLAIN_LOGITS
-    assert chunk_sizes(512, 1000, token_chunk=100) == (100, 1000)
-    assert chunk_sizes(512, 1000, token_chunk=100, vocab_chunk=64) == (100, 64)
+        tokens, entries = chunk_sizes(count, 896, vocab)
+        assert 1 <= tokens <= count and 1 <= entries <= vocab and tokens * entries <= CHUNK_FLOATS
+        assert tokens < count or entries < vocab
+    assert chunk_sizes(512, 896, 152_000) == (512, 1792)
+    assert chunk_sizes(512, 4, 1000, token_chunk=100) == (100, 1000)
+    assert chunk_sizes(512, 4, 1000, token_chunk=100, vocab_chunk=64) == (100, 64)
+    assert chunk_sizes(512, 4, 1000, vocab_chunk=64) == (512, 64)
 
 
 def test_precision_reaches_every_matmul():
