@@ -78,7 +78,10 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         last = tuple(range(x.ndim - self.in_ndim, x.ndim)), tuple(range(kernel.ndim - self.in_ndim, kernel.ndim))
         y = self.compute.dot(x, kernel, last, out=out)
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is None:
+            return y
+        # In float32, so that the bias's gradient, a sum over tokens, is too.
+        return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -105,8 +108,9 @@ class Embedding(nnx.Module):
         self.kernel = nnx.Param(Weight((vocab, width), ("vocab", "embed")))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[...] int32 -> [..., D]; ids outside the vocabulary are clipped."""
-        return jnp.take(self.kernel[...], tokens, axis=0, mode="clip")
+        """[...] int32 -> [..., D]; ids outside the vocabulary are clipped. Its gradient is summed in float32."""
+        rows = jnp.take(self.kernel[...].astype(jnp.float32), tokens, axis=0, mode="clip")
+        return rows.astype(self.compute.dtype)
 
 
 class MLP(nnx.Module):

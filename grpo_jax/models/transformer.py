@@ -100,9 +100,9 @@ class Layout:
         return tuple(layer for run in self.runs for _ in range(run.repeats) for layer in run.pattern)
 
     @property
-    def rotaries(self) -> set[tuple[RotarySpec, int]]:
-        """The distinct rotaries and their head_dim."""
-        return {(layer.rotary, layer.head_dim) for layer in self.layers}
+    def rotaries(self) -> tuple[tuple[RotarySpec, int], ...]:
+        """The distinct rotaries and their head_dim, in the same order on every host."""
+        return tuple(dict.fromkeys((layer.rotary, layer.head_dim) for layer in self.layers))
 
 
 def build_layout(spec: ModelSpec, compute: Compute) -> Layout:
@@ -144,7 +144,10 @@ def hidden_states(
 ) -> jax.Array:
     """Training rows: [N, T] -> [N, T, D] after the final norm; layers are scanned."""
     compute = layout.compute
-    outer = nnx.merge(layout.outer, use(layout, params["outer"], layout.weights["outer"]))
+    weights = layout.weights["outer"]
+    # The table is not cast: its gradient is summed over tokens, and a sum in bfloat16 stops growing.
+    table = use(layout, params["outer"]["embed"], weights["embed"], cast=False)
+    outer = nnx.merge(layout.outer, use(layout, params["outer"], weights) | {"embed": table})
     mask = segment_mask(segment_ids, context_ids)
     turns = {key: rotation(*key, positions) for key in layout.rotaries}
     x = compute.shard(outer.embed(tokens), "batch", None, None)
@@ -180,16 +183,16 @@ def fuse(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same on every host, in its sharding; waits until ``value`` is free again."""
+    """A host array, the same on every host, in its sharding. On a CPU it may be used as it is: never change it."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index]).block_until_ready()
 
 
-def use(layout: Layout, params: Any, weights: Any) -> Any:
+def use(layout: Layout, params: Any, weights: Any, cast: bool = True) -> Any:
     """Parameters where they are used: in the compute dtype, gathered over ``fsdp``, cut over ``tensor``."""
     compute = layout.compute
 
     def one(weight: Weight, x: jax.Array) -> jax.Array:
-        return compute.shard(x.astype(compute.dtype), *weight.axes, rules=GATHERED_RULES)
+        return compute.shard(x.astype(compute.dtype) if cast else x, *weight.axes, rules=GATHERED_RULES)
 
     return jax.tree.map(one, weights, params)
 

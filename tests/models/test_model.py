@@ -145,6 +145,22 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     assert got.dtype == jnp.float32 and 1e-4 < relative(got, exact) < 0.05
 
 
+def test_gradients_of_bfloat16_are_summed_over_tokens_in_float32():
+    """2,048 equal tokens give equal contributions: summed in bfloat16 they would stop growing after 256."""
+    exact, params = random_model(num_hidden_layers=1)
+    tokens = np.full((8, 256), 7, np.int32)
+    weight = np.random.default_rng(0).standard_normal(32).astype(np.float32)
+    gradients = []
+    for model in (exact, replace(exact, dtype="bfloat16", precision=None)):
+        loss = lambda p, m=model: (m.hidden(p, *whole_rows(tokens)).astype(jnp.float32) * weight).sum()  # noqa: E731
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    want, got = gradients
+    assert relative(got["outer"]["embed"]["kernel"], want["outer"]["embed"]["kernel"]) < 0.02
+    v = lambda tree: tree["layers"]["0.0"]["attention"]["v"]["bias"]  # noqa: E731
+    assert relative(v(got), v(want)) < 0.02
+    assert relative(got["outer"]["norm"]["scale"], want["outer"]["norm"]["scale"]) < 0.02
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
