@@ -5,7 +5,7 @@ Three kinds of rows give the same log-probability to each completion token: `pad
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def _first_fit(items: list[_Item], row_len: int) -> list[list[_Item]]:
     return rows
 
 
-def _empty(count: int, layout: Layout) -> dict[str, np.ndarray | None]:
+def _empty(count: int, layout: Layout) -> dict[str, Any]:
     shape = (count, layout.row_len)
     column = np.arange(layout.row_len, dtype=np.int32)
     return {
@@ -150,7 +150,7 @@ def _empty(count: int, layout: Layout) -> dict[str, np.ndarray | None]:
 
 
 def _place(
-    batch: dict[str, np.ndarray | None],
+    batch: dict[str, Any],
     row: int,
     column: int,
     segment: int,

@@ -67,7 +67,7 @@ class RolloutConfig(Section):
 
     prompts_per_step: PositiveInt = 32
     """Prompts of one step (Q)."""
-    num_samples: int = Field(8, ge=2)
+    num_samples: int = Field(default=8, ge=2)
     """Completions of each prompt (G); group-relative advantages need at least 2."""
     max_new_tokens: PositiveInt = 256
     """Longest completion in tokens, its stop token included."""
@@ -75,7 +75,7 @@ class RolloutConfig(Section):
     """Divides the logits, in the sampler and in the learner alike."""
     top_k: PositiveInt | None = None
     """Sample among the k most likely tokens only."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     """Sample among the fewest tokens that hold this probability together."""
     stop_token_ids: tuple[int, ...] | None = None
     """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
@@ -143,11 +143,11 @@ class OptimConfig(Section):
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last update."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate rises linearly from 0."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(0.99, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -179,7 +179,7 @@ class EvalConfig(Section):
     """Steps between evaluations; the first comes before step 0, the last after the final step. none: those two only."""
     prompts: PositiveInt | None = None
     """Evaluate on the first so many prompts; none on all."""
-    samples: int = Field(0, ge=0)
+    samples: int = Field(default=0, ge=0)
     """Samples a prompt for avg@k and pass@k, drawn at rollout.temperature; 0 switches both off."""
     correct_above: float = 0.5
     """A completion is correct when the first reward function gives more than this."""
@@ -210,16 +210,16 @@ class MeshConfig(Section):
 class LogConfig(Section):
     """What is written while the run goes on."""
 
-    completions: int = Field(32, ge=0)
+    completions: int = Field(default=32, ge=0)
     """Completions of each step written to completions.jsonl."""
     quiet: bool = False
     """Print only warnings and the result."""
 
 
 class TrainConfig(Section):
-    """A whole run. The defaults suit a pretrained model of ordinary size; model, data and reward are the quickstart's."""
+    """A whole run. Defaults suit a pretrained model of ordinary size; model, data and reward are the quickstart's."""
 
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the data order, the sampling and everything else that is drawn."""
     steps: PositiveInt = 200
     """Rollouts to train on."""
@@ -252,7 +252,7 @@ class TrainConfig(Section):
     @property
     def loss(self) -> LossConfig:
         """What the learner minimises, its completion length that of the rollout."""
-        table = self.algorithm.loss.model_dump()
+        table: dict[str, Any] = self.algorithm.model_dump()["loss"]
         length = self.rollout.max_new_tokens if table["aggregation"] == "constant" else None
         return LossConfig(**table, max_completion_len=length)
 

@@ -1,9 +1,10 @@
 """What a run records about itself: metrics by step, completions, compiles, seconds by phase, curves."""
 
 import json
+import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +12,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from grpo_jax.types import Rollout
+from grpo_jax.scoring import Scored
+from grpo_jax.types import Prompt, Rollout
 
 
 class CompileLog:
@@ -36,9 +38,9 @@ class CompileLog:
         """Programs compiled, or read from the cache, so far."""
         return len(self.names)
 
-    def _hear(self, event: str, seconds: float, **facts: Any) -> None:
+    def _hear(self, event: str, duration_secs: float, **facts: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds  # tracing, lowering and the backend
+            self.seconds += duration_secs  # tracing, lowering and the backend
         if event == "/jax/core/compile/backend_compile_duration":
             self.names.append(str(facts.get("fun_name", "?")))
 
@@ -114,24 +116,15 @@ def _json(value: Any) -> Any:
     return value
 
 
-def reward_metrics(
-    names: list[str], rewards: np.ndarray, reward: np.ndarray, scored: np.ndarray, spread: np.ndarray
-) -> dict[str, float]:
-    """Figures of one step's rewards.
-
-    Args:
-        names: of the F reward functions.
-        rewards: [F, N], NaN where a function gave no answer.
-        reward: [Q, G] weighted sum.
-        scored: [Q, G] bool.
-        spread: [Q] bool, True where a group's rewards differ.
-    """
+def reward_metrics(names: Sequence[str], scored: Scored) -> dict[str, float]:
+    """Figures of one step's rewards, in all and by function; ``names`` are those of the F functions."""
+    reward = scored.reward[scored.scored]
     out = {
-        "reward": float(reward[scored].mean()) if scored.any() else float("nan"),
-        "reward_std": float(reward[scored].std()) if scored.any() else float("nan"),
-        "frac_reward_zero_std": float(1.0 - spread.mean()),
+        "reward": float(reward.mean()) if reward.size else float("nan"),
+        "reward_std": float(reward.std()) if reward.size else float("nan"),
+        "frac_reward_zero_std": float(1.0 - scored.spread.mean()),
     }
-    for name, values in zip(names, rewards, strict=True):
+    for name, values in zip(names, scored.by_function, strict=True):
         answered = values[np.isfinite(values)]
         out[f"rewards/{name}/mean"] = float(answered.mean()) if answered.size else float("nan")
         out[f"rewards/{name}/std"] = float(answered.std()) if answered.size else float("nan")
@@ -157,6 +150,43 @@ def means(sums: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
         count = float(np.sum([s[name][1] for s in sums]))
         out[name] = total / count if count else total
     return out
+
+
+def completion_rows(
+    step: int, prompts: Sequence[Prompt], rollout: Rollout, scored: Scored, names: Sequence[str], most: int
+) -> list[dict[str, Any]]:
+    """Lines of completions.jsonl for the first ``most`` completions of a step."""
+    samples = rollout.tokens.shape[0] // len(prompts)
+    rewards = scored.reward.reshape(-1)
+    return [
+        {
+            "step": step,
+            "prompt": prompts[n // samples].text,
+            "completion": scored.completions[n],
+            "rewards": {name: _json(float(scored.by_function[f, n])) for f, name in enumerate(names)},
+            "reward": float(rewards[n]),
+            "advantage": float(scored.advantages[n]),
+            "finish": str(rollout.finish[n]),
+            "length": int(rollout.completion_len[n]),
+        }
+        for n in range(min(most, len(scored.completions)))
+    ]
+
+
+def step_line(steps: int, row: Mapping[str, Any]) -> str:
+    """A step's key figures in one line for the terminal."""
+    shown = [f"step {row['step']}/{steps}", f"reward {row['reward']:.3f}"]
+    shown += [f"same {row['frac_reward_zero_std']:.0%}", f"length {row['completions/mean_length']:.1f}"]
+    shown += [f"cut {row['completions/clipped_ratio']:.0%}", f"entropy {row['entropy']:.3f}"]
+    shown += [f"kl {row['kl']:.4f}"] if "kl" in row else []
+    return "  ".join([*shown, f"grad {row['grad_norm']:.2f}", f"{row['seconds']:.2f} s"])
+
+
+def peak_memory() -> int:
+    """Bytes: the device's own count where it keeps one, else this process's largest resident size."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(stats.get("peak_bytes_in_use", kibibytes * 1024))
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -97,6 +97,7 @@ def _judge(
     if config.soft_overlong:
         reward = reward + algo.soft_overlong(lengths, limit, buffer_len=config.overlong_buffer_len)
     reward = jnp.where(scored, reward, 0.0)
+    assert config.advantage != "gae"  # refused by the config
     advantages = algo.group_advantages(
         reward, estimator=config.advantage, valid=scored, lengths=lengths, ddof=config.ddof, eps=config.eps
     )

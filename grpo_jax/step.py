@@ -185,6 +185,8 @@ class Learner:
             precision=self.model.precision,
         )
 
+        assert entropy is not None
+
         def place(values: jax.Array) -> jax.Array:
             kept = jnp.where(trained, values.reshape(rows, scored), 0.0)
             return jnp.zeros((rows, width), kept.dtype).at[jnp.arange(rows)[:, None], column].set(kept)

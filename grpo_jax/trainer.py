@@ -1,7 +1,6 @@
 """The loop: sample, score, pack, annotate, update; after that log, evaluate and save."""
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +22,14 @@ from grpo_jax.metrics import (
     CompileLog,
     JsonLines,
     Phases,
+    completion_rows,
     draw_curves,
     means,
+    peak_memory,
     read_json_lines,
     reward_metrics,
     rollout_metrics,
+    step_line,
 )
 from grpo_jax.models import Model, load_model, save_hf
 from grpo_jax.preflight import report, versions
@@ -274,18 +276,17 @@ class _Run:
     ) -> None:
         """Log what the step gave; evaluate and save when it is time. Host only."""
         tokens = int(rollout.completion_len.sum())
-        rewards = reward_metrics(
-            list(self.scorer.pool.names), scored.by_function, scored.reward, scored.scored, scored.spread
-        )
-        row = {"step": step, **rewards, **rollout_metrics(rollout), **figures}
+        names = self.scorer.pool.names
+        row: dict[str, Any] = {"step": step, **reward_metrics(names, scored), **rollout_metrics(rollout), **figures}
         row |= {f"seconds/{name}": spent for name, spent in self.phases.take_step().items()}
         row |= {"seconds": seconds, "seconds/elapsed": self.elapsed()}
         row |= {"tokens_per_second": tokens / seconds, "compile_count": self.compiles.count}
         self.metrics.write(row)
-        self._write_completions(step, prompts, rollout, scored)
+        for line in completion_rows(step, prompts, rollout, scored, names, self.config.log.completions):
+            self.completions.write(line)
         for warning in scored.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        self.say(_line(step, self.config.steps, row))
+        self.say(step_line(self.config.steps, row))
         last = step == self.config.steps
         if last or _is_time(step, self.config.eval.every):
             self.evaluate(step)
@@ -297,11 +298,12 @@ class _Run:
         if self.held_out is None:
             return
         with self.phases("evaluate"):
-            greedy = self._correct(1, replace(self.sampling, temperature=0.0, top_k=None, top_p=None))
+            prompts = self.held_out.prompts
+            greedy = self._correct(prompts, 1, replace(self.sampling, temperature=0.0, top_k=None, top_p=None))
             row = {"step": step, "eval/accuracy": float(greedy.mean())}
             k = self.config.eval.samples
             if k:
-                correct = self._correct(k, self.sampling).sum(1)
+                correct = self._correct(prompts, k, self.sampling).sum(1)
                 row |= {
                     "eval/avg_at_k": float(np.mean([avg_at_k(k, int(c)) for c in correct])),
                     "eval/pass_at_k": float(np.mean([pass_at_k(k, int(c), k) for c in correct])),
@@ -312,9 +314,8 @@ class _Run:
         names = {"eval/accuracy": "greedy", "eval/avg_at_k": f"avg@{k}", "eval/pass_at_k": f"pass@{k}"}
         self.say(f"held-out after step {step}: " + ", ".join(f"{n} {row[f]:.1%}" for f, n in names.items() if f in row))
 
-    def _correct(self, samples: int, sampling: Sampling) -> np.ndarray:
+    def _correct(self, prompts: list[Prompt], samples: int, sampling: Sampling) -> np.ndarray:
         """[prompts, samples] bool: the first reward function is above the threshold."""
-        prompts = self.held_out.prompts
         rollout = self.engine.generate(
             self.state.params,
             prompts,
@@ -349,7 +350,7 @@ class _Run:
             "seconds": self.elapsed(),
             "seconds_by_phase": dict(self.phases.total),
             "compile_seconds": self.compiles.seconds,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "versions": versions(),
         }
         rundir.write_json(self.directory / rundir.SUMMARY, summary)
@@ -372,23 +373,6 @@ class _Run:
         """Print a line, unless the run is quiet."""
         if not self.config.log.quiet:
             print(line, flush=True)
-
-    def _write_completions(self, step: int, prompts: list[Prompt], rollout: Rollout, scored: Scored) -> None:
-        samples = self.config.rollout.num_samples
-        rewards, names = scored.reward.reshape(-1), self.scorer.pool.names
-        for n in range(min(self.config.log.completions, len(scored.completions))):
-            self.completions.write(
-                {
-                    "step": step,
-                    "prompt": prompts[n // samples].text,
-                    "completion": scored.completions[n],
-                    "rewards": {name: _finite(scored.by_function[f, n]) for f, name in enumerate(names)},
-                    "reward": float(rewards[n]),
-                    "advantage": float(scored.advantages[n]),
-                    "finish": str(rollout.finish[n]),
-                    "length": int(rollout.completion_len[n]),
-                }
-            )
 
 
 def _configure_jax(config: TrainConfig) -> None:
@@ -439,22 +423,3 @@ def _qualified(function: RewardFunction) -> str:
 
 def _is_time(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _peak_memory() -> int:
-    """Bytes: the device's own count where it keeps one, else this process's largest resident size."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(stats.get("peak_bytes_in_use", kibibytes * 1024))
-
-
-def _line(step: int, steps: int, row: dict[str, Any]) -> str:
-    shown = [f"step {step}/{steps}", f"reward {row['reward']:.3f}"]
-    shown += [f"same {row['frac_reward_zero_std']:.0%}", f"length {row['completions/mean_length']:.1f}"]
-    shown += [f"cut {row['completions/clipped_ratio']:.0%}", f"entropy {row['entropy']:.3f}"]
-    shown += [f"grad {row['grad_norm']:.2f}", f"{row['seconds']:.2f} s"]
-    return "  ".join(shown)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 
-if "cpu" in os.environ.setdefault("JAX_PLATFORMS", "cpu"):
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *flags]))
 

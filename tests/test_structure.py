@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"algo.spec", "models.families", "models.spec", "quickstart"},
+    {"algo.spec", "algo.refusals", "models.families", "models.spec", "quickstart.task"},
     {"types", "config", "evaluation"},
     {"algo", "mesh"},
     {"models"},
     {"rollout", "rewards", "data", "batching"},
-    {"step", "checkpoint", "metrics", "preflight", "scoring", "rundir", "testing"},
+    {"step", "checkpoint", "metrics", "preflight", "scoring", "rundir", "testing", "quickstart"},
     {"trainer"},
     {"cli"},
 ]

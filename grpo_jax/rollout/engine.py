@@ -137,7 +137,7 @@ def _decode(
         hidden, cache = model.decode(view, prompt_cache, prompt_len, carry["cache"], at, carry["token"])
         return record(carry | {"cache": cache}, draw(model.head(view, hidden), carry["length"]))
 
-    carry = {
+    carry: dict[str, Any] = {
         "token": jnp.zeros(rows, jnp.int32),
         "tokens": jnp.zeros((rows, limit), jnp.int32),
         "logp": jnp.zeros((rows, limit), jnp.float32),
