@@ -43,7 +43,7 @@ TOGETHER = {
         "aggregation": "seq_mean_token_mean",
     },
     "vespo with icepop": {"surrogate": "vespo", "correction": "icepop", "correction_low": 0.8, "correction_high": 1.2},
-    "gmpo with geo_gate": {"surrogate": "gmpo", "correction": "geo_gate", "correction_low": 0.9, "correction_high": 1.1},
+    "gmpo, geo_mask": {"surrogate": "gmpo", "correction": "geo_mask", "correction_low": 0.9, "correction_high": 1.1},
     "cispo of sequences": {"surrogate": "cispo", "ratio_level": "sequence", "aggregation": "constant"},
     "dppo with tis": {"surrogate": "dppo", "correction": "tis", "kl_coef": 0.1, "kl_estimator": "abs"},
 }
@@ -206,7 +206,7 @@ def random_packing(seed, count):
     rng = np.random.default_rng(seed)
     rows = [[] for _ in range(count)]
     for i in rng.permutation([i for i in range(SEQUENCES) if i != 4]):
-        fits = [r for r in rows if sum(LENGTHS[r]) + LENGTHS[i] <= 29] if rows else []
+        fits = [r for r in rows if sum(LENGTHS[r]) + LENGTHS[i] <= 29]
         fits[rng.integers(len(fits))].append(int(i))
     return rows
 
