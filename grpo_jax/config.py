@@ -204,7 +204,13 @@ class MeshConfig(Section):
     tensor: int = 1
     """Devices over which heads, hidden units and the vocabulary are split."""
     distributed: bool = False
-    """Start jax.distributed first, for a run on several hosts."""
+    """Join the processes of several hosts first; start the same command on each. Needs output_dir, on a shared disk."""
+    coordinator: str | None = None
+    """host:port of the first process; none: found from Slurm, Open MPI, GKE or Cloud TPU."""
+    process_count: PositiveInt | None = None
+    """How many processes join; none: found likewise."""
+    process_id: int | None = Field(default=None, ge=0)
+    """Which of them this one is; none: found likewise."""
 
 
 class LogConfig(Section):
@@ -329,6 +335,11 @@ def _refusals(config: TrainConfig) -> list[tuple[str, bool, str]]:
             "batch.row_len",
             config.batch.row_len is not None and config.batch.rows == "padded",
             "is for packed and group rows; padded rows need no length of their own. Leave it out.",
+        ),
+        (
+            "output_dir",
+            config.mesh.distributed and config.output_dir is None,
+            "got none, and processes that each choose a directory would not meet. Name one on a disk all hosts share.",
         ),
         (
             "algorithm.advantage",

@@ -6,8 +6,10 @@ runs. Axis types are Auto: GSPMD partitions every jitted function from the const
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -85,6 +87,29 @@ def initialize_distributed(
     arguments (host:port of process 0, how many there are, which one this is) are for starts by hand.
     """
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays, on whichever hosts their shards lie, as NumPy arrays on every host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_first(tree: Any) -> Any:
+    """The first process's NumPy arrays on every host: what decides the control flow must be the same everywhere."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and asks reward functions."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process has come to this point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def single_device_mesh() -> Mesh:

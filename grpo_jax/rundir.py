@@ -12,7 +12,7 @@ from typing import Any
 from grpo_jax.config import TrainConfig
 
 CONFIG, SUMMARY, METRICS, COMPLETIONS = "config.toml", "summary.json", "metrics.jsonl", "completions.jsonl"
-MAY_DIFFER = frozenset({"output_dir", "compilation_cache", "log.quiet"})
+MAY_DIFFER = frozenset({"output_dir", "compilation_cache", "log.quiet", "mesh.coordinator", "mesh.process_id"})
 """Fields that change nothing a run computes, so that it may go on with others."""
 
 

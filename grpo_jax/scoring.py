@@ -11,6 +11,7 @@ import numpy as np
 from grpo_jax import algo
 from grpo_jax.config import AlgorithmConfig, TrainConfig
 from grpo_jax.data import decode
+from grpo_jax.mesh import from_first
 from grpo_jax.rewards import RewardPool
 from grpo_jax.types import Prompt, Rollout
 
@@ -21,7 +22,7 @@ class Scored:
 
     Attributes:
         completions: N texts.
-        by_function: [F, N] float64, NaN where a function gave no answer.
+        by_function: [F, N] float32, NaN where a function gave no answer.
         reward: [Q, G] float32, weighted and shaped; 0 where not scored.
         scored: [Q, G] bool, some function answered.
         spread: [Q] bool, the group's weighted rewards, before shaping, differ.
@@ -45,13 +46,13 @@ class Scorer:
     """Judges rollouts.
 
     Attributes:
-        pool: the reward functions.
+        pool: the reward functions; None on every process but the first, which asks them and tells the others.
         tokenizer: turns completions into the text the functions see.
         stop_ids: tokens that end a completion and are no part of its text.
         config: of the run.
     """
 
-    pool: RewardPool
+    pool: RewardPool | None
     tokenizer: Any
     stop_ids: frozenset[int]
     config: TrainConfig
@@ -64,19 +65,21 @@ class Scorer:
         texts = [decode(self.tokenizer, row, self.stop_ids) for row in ids]
         names = sorted({name for prompt in prompts for name in prompt.columns or {}})
         columns = {name: [(prompt.columns or {}).get(name) for prompt in repeated] for name in names}
-        scores = self.pool.score([prompt.text for prompt in repeated], texts, ids, columns)
-        return texts, scores.rewards, scores.warnings
+        by_function, warnings = np.zeros((len(self.config.reward.functions), len(repeated))), tuple[str, ...]()
+        if self.pool is not None:
+            scores = self.pool.score([prompt.text for prompt in repeated], texts, ids, columns)
+            by_function, warnings = scores.rewards, scores.warnings
+        return texts, from_first(by_function.astype(np.float32)), warnings
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> Scored:
         """Rewards, then advantages and what is trained."""
         texts, by_function, warnings = self.rewards(prompts, rollout)
-        rewards = by_function.astype(np.float32)
-        shape = (len(rewards), len(prompts), -1)
-        weights = np.asarray(self.config.reward.weights or (1.0,) * len(rewards), np.float32)
+        shape = (len(by_function), len(prompts), -1)
+        weights = np.asarray(self.config.reward.weights or (1.0,) * len(by_function), np.float32)
         out = _judge(
             self.config.algorithm,
             self.config.rollout.max_new_tokens,
-            rewards.reshape(shape),
+            by_function.reshape(shape),
             weights,
             rollout.completion_len.reshape(shape[1:]),
         )

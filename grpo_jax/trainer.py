@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet, PromptStream, load_rows, load_tokenizer, resolve_asset, stop_ids
 from grpo_jax.evaluation import avg_at_k, pass_at_k
-from grpo_jax.mesh import batch_sharding, initialize_distributed, make_mesh
+from grpo_jax.mesh import batch_sharding, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,
     JsonLines,
@@ -95,15 +96,19 @@ class Trainer:
         """Run to the end, from the newest checkpoint of ``output_dir`` if it holds one.
 
         Returns:
-            The summary that summary.json holds.
+            The summary that summary.json holds; on several hosts an empty one but for the first process.
 
         Raises:
             ValueError: whatever a user can mend, before the first compile where it can be known by then.
         """
         begun = time.perf_counter()
         _configure_jax(self.config)
-        directory = rundir.open_run(self.config, self._name)
-        with CompileLog() as compiles, _reward_pool(self.config, self._rewards) as pool:
+        directory = Path(self.config.output_dir or "")
+        if is_first():
+            directory = rundir.open_run(self.config, self._name)
+        wait_for_all("run directory")
+        rewards = _reward_pool(self.config, self._rewards) if is_first() else nullcontext()
+        with CompileLog() as compiles, rewards as pool:
             run = _Run(self.config, directory, pool, self._train, self._eval, compiles, begun)
             try:
                 return run.loop()
@@ -118,7 +123,7 @@ class _Run:
         self,
         config: TrainConfig,
         directory: Path,
-        pool: RewardPool,
+        pool: RewardPool | None,
         train: str | Path | Rows,
         held_out: str | Path | Rows | None,
         compiles: CompileLog,
@@ -197,8 +202,9 @@ class _Run:
         self.skipped = 0
         self.phases = Phases(self.record["phases"])
         below = None if newest is None else newest + 1
-        self.metrics = JsonLines(self.directory / rundir.METRICS, below)
-        self.completions = JsonLines(self.directory / rundir.COMPLETIONS, below)
+        nowhere = None if is_first() else Path(os.devnull)
+        self.metrics = JsonLines(nowhere or self.directory / rundir.METRICS, below)
+        self.completions = JsonLines(nowhere or self.directory / rundir.COMPLETIONS, below)
 
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""
@@ -276,7 +282,7 @@ class _Run:
     ) -> None:
         """Log what the step gave; evaluate and save when it is time. Host only."""
         tokens = int(rollout.completion_len.sum())
-        names = self.scorer.pool.names
+        names = self.scorer.pool.names if self.scorer.pool else self.config.reward.functions
         row: dict[str, Any] = {"step": step, **reward_metrics(names, scored), **rollout_metrics(rollout), **figures}
         row |= {f"seconds/{name}": spent for name, spent in self.phases.take_step().items()}
         row |= {"seconds": seconds, "seconds/elapsed": self.elapsed()}
@@ -340,6 +346,8 @@ class _Run:
         with self.phases("export"):
             self.store.wait()
             save_hf(self.model, self.state.params, self.directory / "hf", source=self.source)
+            if not is_first():
+                return {}
             draw_curves(read_json_lines(self.directory / rundir.METRICS), self.directory / "curves.png")
         accuracy = self.record["accuracy"]
         summary = {
@@ -371,13 +379,13 @@ class _Run:
 
     def say(self, line: str) -> None:
         """Print a line, unless the run is quiet."""
-        if not self.config.log.quiet:
+        if not self.config.log.quiet and is_first():
             print(line, flush=True)
 
 
 def _configure_jax(config: TrainConfig) -> None:
     if config.mesh.distributed:
-        initialize_distributed()
+        initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.mesh import fetch
 from grpo_jax.models.model import Model
 from grpo_jax.rollout.sampling import Sampling, row_keys, sample, split_ids, uniforms
 from grpo_jax.types import Params, Prompt, Rollout
@@ -57,7 +58,7 @@ class StaticEngine:
             ids = split_ids([p.request_id for p in some] + [0] * (size - len(some)))
             scalars = [np.uint32(seed), np.uint32(step), np.int32(len(some))]
             out = _decode(self.model, num_samples, sampling, view, tokens, lengths, ids, *scalars)
-            parts.append(_rows(tokens, lengths, jax.device_get(out), num_samples, len(some)))
+            parts.append(_rows(tokens, lengths, fetch(out), num_samples, len(some)))
         return Rollout(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
     def _prompt_width(self, prompts: Sequence[Prompt]) -> int:
