@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import grpo_jax
@@ -44,12 +44,18 @@ ROW_TOKENS = PROMPT_TOKENS + task.MAX_COMPLETION_TOKENS
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each of `task.PIECES`; decoding what was encoded gives it back, letter by letter."""
+    """A token for each of `task.PIECES`; decoding what was encoded gives it back, letter by letter.
+
+    transformers takes the vocabulary of a Qwen2 directory but not its pre-tokenizer, so single characters are a byte
+    BPE without merges and longer pieces are added tokens: both read the same under Qwen2's own pre-tokenizer.
+    Characters outside the vocabulary have no token and are left out.
+    """
     tokens = [task.PAD, task.EOS, UNKNOWN, *task.PIECES]
     tokens += [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(", |: |."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in task.PIECES if len(piece) > 1])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=task.PAD,

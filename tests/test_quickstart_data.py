@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,21 +174,20 @@ def test_tokenizer_round_trip(script):
         assert tokenizer(problem.prompt + text + task.EOS)["input_ids"] == prompt + completion
 
 
-def test_shipped_tokenizer_is_the_one_the_script_builds(script):
-    from transformers import AutoTokenizer
-
-    shipped = AutoTokenizer.from_pretrained(SHIPPED / "model")
-    built = script.build_tokenizer()
-    text = "407+385=7+5=12, 0+8+1=9, 4+3=7: 792<eos>"
-    assert shipped.get_vocab() == built.get_vocab()
-    assert shipped(text)["input_ids"] == built(text)["input_ids"]
+@pytest.mark.parametrize("loader", ["AutoTokenizer", "PreTrainedTokenizerFast"])
+def test_shipped_tokenizer_is_the_one_the_script_builds(script, loader):
+    """Under either class: transformers chooses one of its own for a directory whose config.json says qwen2."""
+    shipped, built = getattr(transformers, loader).from_pretrained(SHIPPED / "model"), script.build_tokenizer()
+    assert shipped.get_vocab() == built.get_vocab() and len(shipped) == 32
     assert (shipped.eos_token, shipped.pad_token) == (task.EOS, task.PAD)
-    assert tokenizer_maps_foreign_text_to_unknown(shipped)
-
-
-def tokenizer_maps_foreign_text_to_unknown(tokenizer):
-    ids = tokenizer("1 x\n")["input_ids"]
-    return ids[0] != tokenizer.unk_token_id and set(ids[1:]) == {tokenizer.unk_token_id}
+    stream, rng = draw(50)
+    for problem in stream:
+        text = problem.prompt + task.write_working(problem, 0.5, rng) + task.EOS
+        ids = built(text)["input_ids"]
+        assert shipped(text)["input_ids"] == ids
+        assert shipped.decode(ids) == text
+        assert shipped.decode(ids, skip_special_tokens=True) == text.removesuffix(task.EOS)
+    assert shipped("1 x\n")["input_ids"] == shipped("1")["input_ids"]
 
 
 def test_a_pretraining_batch_trains_completions_with_their_end(script):
