@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -128,7 +129,7 @@ class RewardConfig(Section):
 
     functions: tuple[str, ...] = ("quickstart",)
     """Built-in names, "module:function" or "path/file.py:function"; each runs in a process of its own."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[FiniteFloat, ...] | None = None
     """One weight a function; none weighs each 1."""
     timeout_seconds: PositiveFloat = 30.0
     """Longest time one batch may take in a function before its process is killed."""

@@ -72,7 +72,11 @@ class Scorer:
         return texts, from_first(by_function.astype(np.float32)), warnings
 
     def score(self, prompts: list[Prompt], rollout: Rollout) -> Scored:
-        """Rewards, then advantages and what is trained."""
+        """Rewards, then advantages and what is trained.
+
+        Raises:
+            ValueError: a weighted reward that float32 cannot hold.
+        """
         texts, by_function, warnings = self.rewards(prompts, rollout)
         shape = (len(by_function), len(prompts), -1)
         weights = np.asarray(self.config.reward.weights or (1.0,) * len(by_function), np.float32)
@@ -84,6 +88,12 @@ class Scorer:
             rollout.completion_len.reshape(shape[1:]),
         )
         reward, scored, spread, advantages = jax.device_get(out)
+        if not np.isfinite(reward).all():
+            row = int(np.argmin(np.isfinite(reward)))
+            raise ValueError(
+                f"reward.weights: the weighted sum of {by_function[:, row].tolist()} is beyond float32. "
+                "Use smaller weights or rewards."
+            )
         mask = rollout.completion_mask
         if self.config.algorithm.overlong_filter:
             mask = mask & (rollout.finish != "length")[:, None]

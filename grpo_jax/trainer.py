@@ -395,7 +395,6 @@ def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction])
     overlong = {"max_completion_len": config.rollout.max_new_tokens}
     return RewardPool(
         functions,
-        config.reward.weights,
         config.reward.timeout_seconds,
         config.reward.memory_limit_mb,
         {"soft_overlong": overlong} if "soft_overlong" in functions else None,

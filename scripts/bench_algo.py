@@ -84,9 +84,8 @@ def bench_loss(arguments: argparse.Namespace) -> None:
         },
         arguments.turns,
     )
-    print(
-        f"dapo, forward and gradient, [{arguments.rows}, {arguments.columns}] float32, {touched / 2**20:.2f} MiB touched"
-    )
+    shape = f"[{arguments.rows}, {arguments.columns}] float32"
+    print(f"dapo, forward and gradient, {shape}, {touched / 2**20:.2f} MiB touched")
     for name, took in seconds.items():
         speed = touched / took / 1e9
         print(f"{name:24} {took * 1e6:8.1f} us  {took / seconds['torch']:5.2f} of torch  {speed:6.1f} GB/s")

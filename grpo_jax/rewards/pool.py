@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards.call import LARGEST, RESERVED, Batch, RewardProblem
+from grpo_jax.rewards.call import RESERVED, Batch, RewardProblem
 from grpo_jax.rewards.local import LocalRewards
 from grpo_jax.rewards.lookup import Reward, reward_name
 from grpo_jax.rewards.process import WorkerDied, WorkerProcess
@@ -32,8 +32,6 @@ class Scores:
     Attributes:
         names: [F] names for logging, unique.
         rewards: [F, N] float64, NaN where a function gave no answer (None, NaN, out of time, process died).
-        total: [N] float64, the weighted sum over the functions that answered, weights not renormalised (docs/MATH.md,
-            section 1); NaN where none did.
         timeout_counts: [F] completions that lost this reward to the time limit.
         crash_counts: [F] completions that lost this reward because its process died.
         warnings: one line per loss, to be logged.
@@ -41,7 +39,6 @@ class Scores:
 
     names: tuple[str, ...]
     rewards: np.ndarray
-    total: np.ndarray
     timeout_counts: tuple[int, ...]
     crash_counts: tuple[int, ...]
     warnings: tuple[str, ...]
@@ -64,7 +61,6 @@ class RewardPool:
     def __init__(
         self,
         specs: Sequence[str | Reward],
-        weights: Sequence[float] | None = None,
         timeout_seconds: float = 10.0,
         memory_limit_mb: int | None = 4096,
         parameters: Mapping[str, Mapping[str, Any]] | None = None,
@@ -73,7 +69,6 @@ class RewardPool:
 
         Args:
             specs: names as ``resolve`` takes them, or functions.
-            weights: one finite number per function; None for 1 each.
             timeout_seconds: for one call on a whole batch.
             memory_limit_mb: address space of a worker; None for no limit.
             parameters: spec -> keyword arguments bound to it, such as a run's ``max_completion_len``.
@@ -81,7 +76,7 @@ class RewardPool:
         Raises:
             ValueError: an argument that cannot be, or a reward that is not found or does not load.
         """
-        self._weights = _checked_weights(specs, weights)
+        _check_specs(specs)
         _check_limits(timeout_seconds, memory_limit_mb)
         bound = dict(parameters or {})
         unknown = sorted(set(bound) - {spec for spec in specs if isinstance(spec, str)})
@@ -126,7 +121,6 @@ class RewardPool:
         return Scores(
             names=self.names,
             rewards=values,
-            total=_total(values, self._weights),
             timeout_counts=tuple(part.timeouts for part in ordered),
             crash_counts=tuple(part.crashes for part in ordered),
             warnings=tuple(warning for part in ordered for warning in part.warnings),
@@ -272,22 +266,6 @@ def _stop(threads: ThreadPoolExecutor, workers: list[WorkerProcess], local: Loca
     local.close()
 
 
-def _total(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    answered = ~np.isnan(values)
-    total = np.zeros(values.shape[1])
-    with np.errstate(over="ignore", invalid="ignore"):
-        for weight, row, known in zip(weights, values, answered, strict=True):
-            total += np.where(known, weight * np.where(known, row, 0.0), 0.0)
-    too_large = ~(np.abs(total) <= LARGEST)
-    if too_large.any():
-        row = int(np.argmax(too_large))
-        raise ValueError(
-            f"rewards, row {row}: the weighted sum of {values[:, row].tolist()} is too large for float32; "
-            "return smaller rewards or use smaller weights"
-        )
-    return np.where(answered.any(axis=0), total, np.nan)
-
-
 def _checked_batch(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -307,18 +285,12 @@ def _checked_batch(
     return Batch(prompts, completions, completion_ids, columns)
 
 
-def _checked_weights(specs: Sequence[str | Reward], weights: Sequence[float] | None) -> np.ndarray:
+def _check_specs(specs: Sequence[str | Reward]) -> None:
     if not specs:
         raise ValueError("rewards: got none, so nothing could be learned; name at least one, such as exact_match")
     for spec in specs:
         if not (isinstance(spec, str) or callable(spec)):
             raise ValueError(f"rewards: got {spec!r}, which is neither a name nor a function; give one of these")
-    numbers = np.ones(len(specs)) if weights is None else np.asarray(list(weights), dtype=np.float64)
-    if numbers.shape != (len(specs),):
-        raise ValueError(f"reward weights: got {len(numbers)} for {len(specs)} rewards; give one per reward")
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"reward weights: got {numbers.tolist()}, but a weight is finite; use 1.0")
-    return numbers
 
 
 def _check_limits(timeout_seconds: float, memory_limit_mb: int | None) -> None:
