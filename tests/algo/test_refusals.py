@@ -105,6 +105,49 @@ def test_runs_that_a_recipe_cannot_have():
         algo.Recipe(advantage="pass_at_k", pass_k=9).check_run(group_size=8)
 
 
+# MATH.md section 7: advantage, surrogate, level, clip_low, clip_high, KL, where the KL is, aggregation.
+PRESET_TABLE = {
+    "reinforce": ("raw", "reinforce", "token", None, None, 0, False, "seq_mean_token_sum"),
+    "reinforce_baseline": ("batch_mean", "reinforce", "token", None, None, 0, False, "seq_mean_token_sum"),
+    "ppo": ("gae", "ppo_clip", "token", 0.2, 0.2, 0, False, "token_mean"),
+    "grpo": ("grpo", "ppo_clip", "token", 0.2, 0.2, 0.04, False, "seq_mean_token_mean"),
+    "dr_grpo": ("dr_grpo", "ppo_clip", "token", 0.2, 0.2, 0, False, "constant"),
+    "bnpo": ("grpo", "ppo_clip", "token", 0.2, 0.2, 0, False, "token_mean"),
+    "dapo": ("grpo", "ppo_clip", "token", 0.2, 0.28, 0, False, "token_mean"),
+    "gspo": ("grpo", "ppo_clip", "sequence", 3e-4, 4e-4, 0, False, "seq_mean_token_mean"),
+    "gspo_token": ("grpo", "ppo_clip", "sequence_token", 3e-4, 4e-4, 0, False, "seq_mean_token_mean"),
+    "luspo": ("grpo", "ppo_clip", "sequence", 2e-3, 2.5e-3, 0, False, "seq_mean_token_sum"),
+    "cispo": ("grpo", "cispo", "token", None, 4.0, 0, False, "token_mean"),
+    "sapo": ("grpo", "sapo", "token", None, None, 0, False, "seq_mean_token_mean"),
+    "gmpo": ("grpo", "gmpo", "token", 0.4, 0.4, 0, False, "seq_mean_token_mean"),
+    "vespo": ("grpo", "vespo", "token", None, None, 0, False, "token_mean"),
+    "rloo": ("rloo", "reinforce", "token", None, None, 0.05, True, "seq_mean_token_sum"),
+    "reinforce_pp": ("reinforce_pp", "ppo_clip", "token", 0.2, 0.2, 0.01, True, "token_mean"),
+    "remax": ("remax", "reinforce", "token", None, None, 0, False, "seq_mean_token_sum"),
+    "opo": ("opo", "reinforce", "token", None, None, 0, False, "token_mean"),
+    "lite_ppo": ("lite_ppo", "ppo_clip", "token", 0.2, 0.2, 0, False, "token_mean"),
+    "gpg": ("gpg", "reinforce", "token", None, None, 0, False, "token_mean"),
+    "gdpo": ("gdpo", "ppo_clip", "token", 0.2, 0.2, 0, False, "seq_mean_token_mean"),
+}
+UNUSED_CLIP = {"reinforce", "sapo", "vespo", "kl_cov"}
+
+
+@pytest.mark.parametrize("name", algo.PRESETS)
+def test_a_preset_is_its_row_and_nothing_else(name):
+    recipe = algo.PRESETS[name]
+    advantage, surrogate, level, low, high, kl, in_reward, aggregation = PRESET_TABLE[name]
+    assert (recipe.name, recipe.advantage) == (name, advantage)
+    named = dict(surrogate=surrogate, ratio_level=level, kl_coef=kl, kl_in_reward=in_reward, aggregation=aggregation)
+    named |= {} if surrogate in UNUSED_CLIP else dict(clip_low=low, clip_high=high)
+    named |= dict(kl_estimator="k1") if in_reward else {}
+    named |= dict(max_completion_len=3000) if aggregation == "constant" else {}
+    assert recipe.loss == algo.LossConfig(**named)
+    assert recipe.whiten == (name == "ppo") and (recipe.gamma, recipe.lam) == (1.0, 0.95)
+    assert (recipe.dynamic_sampling, recipe.soft_overlong, recipe.overlong_filter) == (name == "dapo",) * 2 + (False,)
+    assert (recipe.ddof, recipe.eps, recipe.reward_clip, recipe.advantage_clip) == (1, 1e-4, None, None)
+    assert recipe.critic == (name == "ppo") and recipe.greedy_baseline == (name == "remax")
+
+
 def test_presets_by_name():
     assert algo.LossConfig.preset("dapo", clip_high=0.3) == algo.LossConfig(clip_high=0.3)
     for name, recipe in algo.PRESETS.items():
