@@ -156,6 +156,9 @@ class _Run:
         self.scorer = Scorer(pool, tokenizer, stops, config)
         self.model, params = _load(config, self.source)
         self._build_learner()
+        left_out = self.prompts.filtered_count + (self.held_out.filtered_count if self.held_out else 0)
+        if left_out:
+            self.say(f"{left_out} prompts are longer than data.max_prompt_len and are left out")
         self.say(report(self.model, config, self.layout, self.engine.prompt_len or 0))
         self._start(params)
 
@@ -166,6 +169,12 @@ class _Run:
         prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         self.engine = StaticEngine(self.model, prompt_len, rows)
         width = prompt_len + config.rollout.max_new_tokens
+        if width > self.model.spec.max_len:
+            raise ValueError(
+                f"rollout.max_new_tokens: got {config.rollout.max_new_tokens}, with prompts of up to {longest} tokens "
+                f"more than the {self.model.spec.max_len} positions the model was made for. Lower it, or "
+                "data.max_prompt_len."
+            )
         kind = config.batch.rows
         row_len = width if kind == "padded" else config.batch.row_len or 2 * width
         shards = self.model.compute.mesh.shape["data"] * self.model.compute.mesh.shape["fsdp"]
@@ -224,6 +233,11 @@ class _Run:
                     sampling=self.sampling,
                     seed=config.seed,
                     step=step,
+                )
+            if not np.isfinite(rollout.sampler_logp).all():
+                raise ValueError(
+                    f"after step {step} the model's log-probabilities are not finite, so what it samples means "
+                    "nothing. Lower optim.learning_rate; an earlier checkpoint may still be sound."
                 )
             with phase("reward"):
                 scored = self.scorer.score(prompts, rollout)

@@ -116,3 +116,14 @@ def test_public_names_are_there():
         assert getattr(grpo_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = grpo_jax.nothing
+
+
+def test_contract_14_nothing_of_a_checkpoint_or_a_dataset_is_executed():
+    for path in FILES:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        keywords = {keyword.arg for node in nodes if isinstance(node, ast.Call) for keyword in node.keywords}
+        modules = {m.split(".")[0] for m in imported(path)}
+        assert not modules & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}, path
+        assert not called & {"eval", "exec"}, path
+        assert not keywords & {"trust_remote_code", "allow_pickle"}, path

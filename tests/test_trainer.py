@@ -242,3 +242,36 @@ def test_the_record_describes_what_was_handed_in(checkpoint, tmp_path):
     assert trainer.config.data.train == f"<{len(ROWS)} rows>" and trainer.config.data.eval is None
     assert trainer.config.reward.functions[0].endswith(":share_of_digits")
     assert Path(trainer.config.output_dir) == tmp_path
+
+
+def test_contract_13_what_cannot_work_is_said_before_anything_is_compiled(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"rollout.max_new_tokens: got 1000000, .* 256 positions"):
+        train(checkpoint, tmp_path / "run", rollout={"max_new_tokens": 1_000_000})
+
+
+def test_a_model_that_broke_ends_the_run(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="log-probabilities are not finite"):
+        train(checkpoint, tmp_path / "run", steps=20, optim={"learning_rate": 1e38, "max_grad_norm": None})
+
+
+def test_prompts_that_are_too_long_are_counted_and_said(checkpoint, tmp_path, capsys):
+    config = config_for(
+        tmp_path / "run", steps=1, data={"max_prompt_len": 4}, log={"quiet": False}, eval={"samples": 0}
+    )
+    rows = [*ROWS[:8], {"prompt": "10+10=", "answer": "20"}]
+    grpo_jax.Trainer(model=checkpoint, reward_funcs=share_of_digits, train_dataset=rows, config=config).train()
+    assert "1 prompts are longer than data.max_prompt_len" in capsys.readouterr().out
+
+
+def test_contract_10_the_reference_stays_where_the_run_started(checkpoint, tmp_path):
+    """With a KL and no advantage, the gradient is 0 at the start and the policy never leaves it."""
+
+    def constant(prompts, completions, completion_ids, **columns):
+        return [1.0] * len(completions)
+
+    train(checkpoint, tmp_path / "still", constant, algorithm={"preset": "grpo"}, eval={"every": None, "samples": 0})
+    rows = [row for row in read_json_lines(tmp_path / "still" / "metrics.jsonl") if "kl" in row]
+    assert all(abs(row["kl"]) < 1e-6 for row in rows)
+    train(checkpoint, tmp_path / "moves", steps=6, algorithm={"preset": "grpo"}, eval={"every": None, "samples": 0})
+    rows = [row for row in read_json_lines(tmp_path / "moves" / "metrics.jsonl") if "kl" in row]
+    assert abs(rows[0]["kl"]) < 1e-6 < 2 * rows[1]["kl"] < rows[-1]["kl"]

@@ -136,6 +136,25 @@ def test_advantages_that_reduce_to_one_another():
     np.testing.assert_array_equal(scaled[3], 0)
 
 
+@estimators
+@pytest.mark.parametrize("size", [1e-30, 1e30, float(np.finfo(np.float32).max)])
+def test_rewards_of_any_size_give_finite_advantages(name, size):
+    rewards = np.array([[1.0, -1.0, 1.0, 0.5], [1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 0.0, -1.0]], np.float32) * size
+    rewards[1] = [1.0, 0.0, 1.0, 1.0]
+    rewards = np.stack([rewards, -rewards]) if name == "gdpo" else rewards
+    out = estimate(name, rewards, np.ones((3, 4), bool), np.full((3, 4), 3), np.array([0.0, 1.0, -size]))
+    assert np.isfinite(out).all() and (out[1] != 0).any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e30, 3e38])
+def test_without_eps_normalised_advantages_know_no_size(size):
+    rewards = jnp.array([[1.0, -1.0, 1.0, 0.5]])
+    for options in (dict(), dict(ddof=0), dict(estimator="pass_at_k", k=2), dict(estimator="lite_ppo")):
+        expected = algo.group_advantages(rewards, eps=0.0, **options)
+        got = algo.group_advantages(rewards * size, eps=0.0, **options)
+        np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
 # The KL and its gradient.
 
 TRUE_GRADIENT = {
