@@ -31,9 +31,9 @@ class Mutant(NamedTuple):
 
 
 FIRST = {
-    "advantages.py": ("test_edges.py", "test_reference.py", "test_properties.py", "test_trl_advantages.py"),
+    "advantages.py": ("test_properties.py", "test_edges.py", "test_reference.py"),
     "kl.py": ("test_properties.py", "test_edges_loss.py"),
-    "best_of_k.py": ("test_edges.py", "test_reference.py", "test_properties.py"),
+    "best_of_k.py": ("test_properties.py", "test_edges.py", "test_reference.py"),
     "critic.py": ("test_reference.py", "test_edges_loss.py"),
     "controllers.py": ("test_reference.py",),
     "shaping.py": ("test_reference.py", "test_edges_loss.py"),

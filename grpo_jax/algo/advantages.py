@@ -77,13 +77,14 @@ class Moments(NamedTuple):
 def moments(x: Array, valid: Array, axis: int | None = -1, ddof: int = 1, weights: Array | None = None) -> Moments:
     """Return the moments of the valid values along `axis` (None: all), for any finite values.
 
-    Values are divided by a power of two above 1 that bounds them, which is exact, and deviations by the largest of
-    them before they are squared: nothing overflows, and nothing of use underflows.
+    Values are divided by a power of two that bounds them within a factor of 4, which is exact, and deviations by the
+    largest of them before they are squared: nothing overflows, and nothing of use underflows.
     """
     share = jnp.where(valid, 1.0 if weights is None else weights, 0.0).astype(x.dtype)
     x = keep(valid, x)
+    # The unit's reciprocal must be a normal number: XLA may multiply by it, and flushes what is smaller to 0.
     exponent = jnp.frexp(fixed(jnp.max(jnp.abs(x), axis=axis, keepdims=True)))[1]
-    unit = jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, 0, jnp.finfo(x.dtype).maxexp - 1))
+    unit = jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, 0, -jnp.finfo(x.dtype).minexp))
     total = jnp.sum(share, axis=axis, keepdims=True)
     mean = jnp.sum(x / unit * share, axis=axis, keepdims=True) / jnp.maximum(total, 1)
     centred = keep(valid, x / unit - mean)

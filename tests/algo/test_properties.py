@@ -139,11 +139,12 @@ def test_advantages_that_reduce_to_one_another():
 @estimators
 @pytest.mark.parametrize("size", [1e-30, 1e30, float(np.finfo(np.float32).max)])
 def test_rewards_of_any_size_give_finite_advantages(name, size):
-    rewards = np.array([[1.0, -1.0, 1.0, 0.5], [1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 0.0, -1.0]], np.float32) * size
+    rewards = np.array([[1.0, -1.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.0], [-1.0, -1.0, 0.0, -1.0]], np.float32) * size
     rewards[1] = [1.0, 0.0, 1.0, 1.0]
     rewards = np.stack([rewards, -rewards]) if name == "gdpo" else rewards
     out = estimate(name, rewards, np.ones((3, 4), bool), np.full((3, 4), 3), np.array([0.0, 1.0, -size]))
-    assert np.isfinite(out).all() and (out[1] != 0).any()
+    assert np.isfinite(out).all()
+    assert (out[0] != 0).any() != (name == "maxrl" and size < 1)  # whose mean is below eps there
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-10, 1e30, 3e38])
