@@ -19,7 +19,8 @@ def adaptive_kl(
 
     Args:
       coef: this step's coefficient.
-      kl: this step's KL, nat: the mean over sequences of the sum of k1 over their trained tokens.
+      kl: this step's KL, nat: the mean over sequences of the sum of k1 over their trained tokens, which `policy_loss`
+        reports as kl_per_sequence.
       target: KL to hold, nat per sequence.
       horizon: completions over which the coefficient may change by a factor of about e at full error.
       completions: completions of this step.

@@ -80,7 +80,7 @@ def policy_loss(
     if ref_logp is not None:
         kl = KL_ESTIMATORS[config.kl_estimator](ref_logp - tokens.logp, jnp.exp(tokens.log_ratio))
         metrics["kl"] = masked_sum(kl, tokens.mask)
-        if not config.kl_in_reward and (config.kl_coef != 0 or kl_coef is not None):
+        if _has_kl(config, kl_coef):
             loss = loss + (config.kl_coef if kl_coef is None else kl_coef) * _quotient(aggregate(kl, step))
     if entropy is not None:
         metrics["entropy"] = masked_sum(entropy, tokens.mask)
@@ -91,6 +91,8 @@ def policy_loss(
     share = trained / jnp.maximum(counts.tokens, 1)
     pairs = {"loss": (loss, share), "policy_loss": (policy, share)}
     pairs |= {name: (total.astype(loss.dtype), trained) for name, total in metrics.items()}
+    if ref_logp is not None:  # what adaptive_kl steers by
+        pairs["kl_per_sequence"] = (masked_sum(tokens.logp - ref_logp, tokens.mask), share * counts.sequences)
     return loss, jax.tree.map(fixed, pairs)
 
 
@@ -154,6 +156,10 @@ def _quotient(pair: tuple[Array, Array]) -> Array:
     return pair[0] / pair[1].astype(pair[0].dtype)
 
 
+def _has_kl(config: LossConfig, kl_coef: Array | float | None) -> bool:
+    return config.kl_in_loss or (kl_coef is not None and not config.kl_in_reward)
+
+
 def _check(
     config: LossConfig,
     ref_logp: Array | None,
@@ -163,7 +169,7 @@ def _check(
     entropy_coef: Array | float | None,
 ) -> None:
     """Refuse arguments that the config needs and that are missing."""
-    if ref_logp is None and not config.kl_in_reward and (config.kl_coef != 0 or kl_coef is not None):
+    if ref_logp is None and _has_kl(config, kl_coef):
         raise refuse(
             f"kl_coef={config.kl_coef!r} without ref_logp", "the KL is to the reference model", "Give ref_logp [N, T]"
         )

@@ -216,7 +216,7 @@ def _trained(mask: Array, segments: Array | None) -> Array:
 
 def _last(share: float, tokens: Array, size: int) -> Array:
     """Return the index of the last of max(1, floor(share of the tokens)) in an order of `size`."""
-    count = jnp.floor(share * tokens.astype(jnp.result_type(float))).astype(jnp.int32)
+    count = jnp.floor(share * jnp.asarray(tokens, jnp.result_type(float))).astype(jnp.int32)
     return jnp.clip(count, 1, size) - 1
 
 

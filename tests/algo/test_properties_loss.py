@@ -284,6 +284,36 @@ def test_the_clip_acts_on_its_own_side_only():
     assert run(dual, make_rows(2.0))[0] == run(dataclasses.replace(config, delta=1.4), make_rows(2.0))[0]
 
 
+def test_metrics_are_means_of_what_they_name():
+    rows = make_rows()
+    config = algo.LossConfig(kl_coef=0.5, kl_estimator="k1", correction="icepop", correction_low=0.9)
+    loss, _, metrics = run(config, rows)
+    arrays, mask = {k: np.where(rows.mask, v, 0) for k, v in rows.arrays.items()}, rows.mask
+    value = {name: total / count for name, (total, count) in metrics.items()}
+    drift, k1 = arrays["logp"] - arrays["old_logp"], arrays["logp"] - arrays["ref_logp"]
+    weight = np.exp(arrays["old_logp"] - arrays["sampler_logp"])
+    weight = np.where((weight >= 0.9) & (weight <= 5), weight, 0)
+    rise = (np.exp(drift) > 1.2) & (arrays["advantages"] > 0)
+    fall = (np.exp(drift) < 0.8) & (arrays["advantages"] < 0)
+    expected = {
+        "loss": loss,
+        "policy_loss": loss - 0.5 * k1[mask].mean(),
+        "kl": k1[mask].mean(),
+        "kl_per_sequence": k1[mask].sum() / N,
+        "entropy": arrays["entropy"][mask].mean(),
+        "ratio": np.exp(drift)[mask].mean(),
+        "approx_kl": (np.exp(drift) - 1 - drift)[mask].mean(),
+        "is_weight": weight[mask].mean(),
+        "rejected": (weight[mask] == 0).mean(),
+        "clip_ratio/low": fall[mask].mean(),
+        "clip_ratio/high": rise[mask].mean(),
+        "clip_ratio/region": (rise | fall)[mask].mean(),
+    }
+    assert value.keys() == expected.keys() and all(x != 0 for x in expected.values())
+    for name, x in expected.items():
+        assert value[name] == pytest.approx(x, abs=2e-6), name
+
+
 # Extremes.
 
 
