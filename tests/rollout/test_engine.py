@@ -33,9 +33,17 @@ def learner_logp(model, params, rollout: Rollout, temperature: float) -> np.ndar
     return np.pad(taken, ((0, 0), (1, 0)))
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6, 0.0])
-@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    ("model_type", "temperature", "options"),
+    [
+        ("qwen2", 1.0, {}),
+        ("qwen2", 0.7, {"top_k": 5, "top_p": 0.9}),
+        ("qwen2", 1.6, {}),
+        ("qwen2", 0.0, {}),
+        ("llama", 1.0, {}),
+        ("llama", 0.7, {"top_p": 0.8}),
+    ],
+)
 def test_contract_3_sampler_logp_is_the_learners(model_type, temperature, options):
     model, params = tiny_model(model_type=model_type)
     rollout = generate(model, params, PROMPTS, 4, 24, temperature, stop_ids=[1], **options)
