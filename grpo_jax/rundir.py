@@ -1,7 +1,8 @@
 """The directory of a run: what is in it, whether a config may go on in it, and the summary at the end.
 
 Where a run starts: (1) the directory holds a checkpoint of the same config: go on from the newest; (2) it holds one
-of another config, or other files: refuse and show the difference; (3) it is empty or new: start from the model.
+of another config, or other files: refuse and show the difference; (3) it is empty or new, or its run ended before it
+had sampled anything (a path was wrong, say): start from the model.
 """
 
 import datetime
@@ -32,14 +33,15 @@ def open_run(config: TrainConfig, name: str) -> Path:
     recorded = directory / CONFIG
     if recorded.exists():
         different = differences(TrainConfig.from_toml(recorded), config)
-        if different:
+        if different and (directory / METRICS).exists():
             raise ValueError(
                 f"output_dir: {directory} holds a run of another config:\n  "
                 + "\n  ".join(different)
                 + "\nNothing was changed. Use the same config to go on, or another output_dir."
             )
-        return directory
-    if directory.exists() and any(directory.iterdir()):
+        if not different:
+            return directory
+    elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"output_dir: {directory} holds files and no {CONFIG}. Use an empty or new directory.")
     directory.mkdir(parents=True, exist_ok=True)
     partial = recorded.with_suffix(".partial")

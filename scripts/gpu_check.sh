@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one call of under 10 minutes: `bash scripts/gpu_check.sh OUTPUT_DIR`.
-# Prints what goes into docs/BENCHMARKS.md. Needs a jax with CUDA (pip install -e '.[cuda,test]').
+# Prints what goes into docs/BENCHMARKS.md. Needs pip install -e '.[cuda,test]'. Not run anywhere yet.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu-check}
@@ -18,5 +18,5 @@ part() { # name, seconds, command
 part versions 60 "python3 -c 'import jax; print(jax.__version__, jax.devices())'; nvidia-smi --query-gpu=name,memory.total --format=csv"
 part tests 240 "python3 -m pytest -m gpu tests/test_gpu.py"
 part quickstart 120 "python3 scripts/train.py --output_dir $out/quickstart --compilation_cache none && cat $out/quickstart/summary.json"
-part algo 120 "python3 scripts/bench_algo.py"
+part algo 120 "python3 scripts/bench_algo.py head"
 exit $status

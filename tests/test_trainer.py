@@ -202,6 +202,13 @@ def test_refuses_a_directory_of_another_run_and_shows_the_difference(run, checkp
     assert sorted(p.stat().st_mtime_ns for p in directory.iterdir()) == before
 
 
+def test_a_run_that_never_began_does_not_block_its_directory(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        train(tmp_path / "wrong", tmp_path / "run", steps=1)
+    train(checkpoint, tmp_path / "run", steps=1, eval={"samples": 0})
+    assert TrainConfig.from_toml(tmp_path / "run" / "config.toml").model.path == str(checkpoint)
+
+
 def test_refuses_a_directory_with_other_files(checkpoint, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds files and no config.toml"):
