@@ -224,12 +224,12 @@ def gdpo(rewards: Array, valid: Array, options: Options) -> Array:
     `rewards` [F, Q, G] with `valid` of the same shape: what each function scored.
     """
     chex.assert_rank(rewards, 3)
-    weights = jnp.ones(rewards.shape[0]) if options.weights is None else options.weights
-    if isinstance(weights, str):
-        raise refuse(f"weights={weights!r} with gdpo", "it weighs reward functions", "Give weights [F] or None")
+    if isinstance(options.weights, str):
+        raise refuse(f"weights={options.weights!r} with gdpo", "it weighs reward functions", "Give weights [F] or None")
+    weights = jnp.ones(rewards.shape[0]) if options.weights is None else as_float(options.weights)
     chex.assert_shape(weights, rewards.shape[:1])
     each = grpo(rewards, valid, options)
-    total = jnp.tensordot(as_float(weights).astype(each.dtype), each, axes=1)
+    total = jnp.tensordot(weights.astype(each.dtype), each, axes=1)
     scored = jnp.any(valid, axis=0)
     return keep(spread(total, scored), whiten(total, scored, ddof=options.ddof, eps=options.eps))
 

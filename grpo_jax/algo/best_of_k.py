@@ -48,6 +48,6 @@ def advantages(rewards: Array, valid: Array, k: int, eps: float | Array) -> Arra
     better = keep(ranked, above * ascending)
     better = jnp.flip(jnp.cumsum(jnp.flip(better, -1), axis=-1), -1) - better  # sum over j > i
     score = (holds * ascending + better - mean) / (std + eps)
-    differs = (count >= k) & (ascending[:, k - 1 : k] < 0)
+    differs = ascending[:, k - 1 : k] < 0  # nor in a group of fewer than k, which has 0 at this rank
     inverse = jnp.argsort(order, axis=-1)
     return keep(valid & differs, jnp.take_along_axis(score, inverse, axis=-1))

@@ -156,6 +156,16 @@ def test_without_eps_normalised_advantages_know_no_size(size):
         np.testing.assert_allclose(got, expected, rtol=2e-6)
 
 
+def test_pass_at_k_without_eps_where_every_subset_has_the_same_best():
+    rewards = jnp.array([[1.0, 1.0, 0.0, 1.0], [0.3, 0.7, 0.7, 0.1], [0.0, 0.5, 0.25, 0.75]])
+    valid = jnp.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], bool)
+    out = algo.group_advantages(rewards, estimator="pass_at_k", k=3, valid=valid, eps=0.0)
+    np.testing.assert_array_equal(out[jnp.array([0, 2])], 0)  # a wrong one is never the best of 3; fewer than 3
+    np.testing.assert_array_equal(out[1], 0)
+    assert (algo.group_advantages(rewards, estimator="pass_at_k", k=2, valid=valid, eps=0.0)[2, :2] == 0).all()
+    assert (algo.group_advantages(rewards[2:], estimator="pass_at_k", k=3, eps=0.0) != 0).any()
+
+
 # The KL and its gradient.
 
 TRUE_GRADIENT = {
