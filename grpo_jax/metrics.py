@@ -23,6 +23,7 @@ class CompileLog:
         """Start empty; `with` opens it."""
         self.names: list[str] = []
         self.seconds = 0.0
+        self._told = 0
 
     def __enter__(self) -> Self:
         """Listen."""
@@ -37,6 +38,11 @@ class CompileLog:
     def count(self) -> int:
         """Programs compiled, or read from the cache, so far."""
         return len(self.names)
+
+    def take_step(self) -> dict[str, Any]:
+        """The count so far, and the names of what was compiled since the last call."""
+        new, self._told = self.names[self._told :], self.count
+        return {"compile_count": self.count, "compiled": new}
 
     def _hear(self, event: str, duration_secs: float, **facts: Any) -> None:
         if event.startswith("/jax/core/compile/"):

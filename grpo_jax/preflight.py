@@ -50,7 +50,7 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
 
 
 def report(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> str:
-    """One line of `memory` for the terminal.
+    """`memory`, and the shapes that will be compiled, for the terminal.
 
     Raises:
         ValueError: it does not fit in the memory the device says it has.
@@ -64,7 +64,9 @@ def report(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
             f"the run needs {_size(total)} on each device before activations ({line}), and a device has "
             f"{_size(limit)}. Raise mesh.fsdp or mesh.tensor, or lower rollout.prompts_per_step or max_new_tokens."
         )
-    return f"memory on each device before activations: {_size(total)} ({line})"
+    rows = " or ".join(map(str, layout.row_counts))
+    shapes = f"updates of {rows} rows of {layout.row_len} tokens, prompts of {prompt_len}"
+    return f"memory on each device before activations: {_size(total)} ({line})\nshapes: {shapes}"
 
 
 def _shard_bytes(x: Any) -> int:

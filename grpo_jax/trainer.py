@@ -277,6 +277,7 @@ class _Run:
                 maxima.append(figures[1])
         sums, maxima = jax.device_get((sums, maxima))
         out = means(sums) | {name: float(np.max([m[name] for m in maxima])) for name in maxima[0]}
+        out["batch/row_count"] = sum(part.tokens.shape[0] for part in parts)
         self.skipped = self.skipped + 1 if out["skipped_update_count"] == len(sums) else 0
         if self.skipped > MOST_SKIPPED and not np.isfinite(out["grad_norm"]):
             raise ValueError(
@@ -300,7 +301,7 @@ class _Run:
         row: dict[str, Any] = {"step": step, **reward_metrics(names, scored), **rollout_metrics(rollout), **figures}
         row |= {f"seconds/{name}": spent for name, spent in self.phases.take_step().items()}
         row |= {"seconds": seconds, "seconds/elapsed": self.elapsed()}
-        row |= {"tokens_per_second": tokens / seconds, "compile_count": self.compiles.count}
+        row |= {"tokens_per_second": tokens / seconds} | self.compiles.take_step()
         self.metrics.write(row)
         for line in completion_rows(step, prompts, rollout, scored, names, self.config.log.completions):
             self.completions.write(line)

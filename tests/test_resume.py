@@ -88,7 +88,7 @@ def kill_after(process: subprocess.Popen[str], directory: Path, step: int) -> No
 
 
 def untimed(path: Path) -> list[dict]:
-    timed = ("seconds", "tokens_per_second", "compile_count")
+    timed = ("seconds", "tokens_per_second", "compile")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_json_lines(path)]
 
 

@@ -93,7 +93,9 @@ def test_metrics_hold_every_promised_figure(run):
     evaluations = [row for row in rows if "eval/accuracy" in row]
     assert [row["step"] for row in evaluations] == [0, 2, 3]
     assert all(row["eval/avg_at_k"] <= row["eval/pass_at_k"] for row in evaluations)
-    assert steps[-1]["compile_count"] == steps[-2]["compile_count"]
+    assert "jit(update)" in steps[0]["compiled"]
+    assert steps[-1]["compiled"] == [] and steps[-1]["compile_count"] == steps[-2]["compile_count"]
+    assert steps[0]["batch/row_count"] == 16
 
 
 def test_completions_are_logged_with_rewards_and_advantages(run):
