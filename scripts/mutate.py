@@ -42,13 +42,7 @@ FIRST = {
     "refusals.py": ("test_refusals.py",),
 }
 """The tests to try first, by file; for the others those of the loss."""
-FIRST_OF_LOSS = (
-    "test_properties.py",
-    "test_edges_loss.py",
-    "test_reference_loss.py",
-    "test_trl.py",
-    "test_contract5.py",
-)
+FIRST_OF_LOSS = ("test_properties_loss.py", "test_edges_loss.py", "test_reference_loss.py", "test_trl.py")
 
 
 def pytest(work: Path, tests: list[Path]) -> str | None:

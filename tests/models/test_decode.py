@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from model_cases import DECODE, LLAMA3, PREFILL, random_model, random_tokens
 
+from grpo_jax.metrics import CompileLog
 from grpo_jax.models import Model
 
 LENGTHS = np.array([3, 1, 6], np.int32)
@@ -150,9 +151,15 @@ def test_decoding_compiles_once():
     model, params = random_model(vocab_size=67)  # a spec that no other test decodes
     again = Model(model.spec)
     view = model.decode_view(params)
-    before = DECODE._cache_size()
     _, prompt_cache = PREFILL(model, view, _texts()[:, 0, :WIDTH], LENGTHS)
     cache = model.init_cache(6, 3)
-    for built, at in ((model, 0), (again, 1), (model, 2)):
+
+    def decode(built, at):
         DECODE(built, view, prompt_cache, LENGTHS, cache, np.full(6, at, np.int32), np.arange(6))
-    assert DECODE._cache_size() == before + 1
+
+    with CompileLog() as first:
+        decode(model, 0)
+    with CompileLog() as later:
+        decode(again, 1)
+        decode(model, 2)
+    assert first.count > 0 and later.count == 0
