@@ -29,16 +29,16 @@ def exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return p / p.sum()
 
 
-@pytest.mark.parametrize("vocab", [7, 256, 613])
+@pytest.mark.parametrize("vocab", [7, 256, 300])
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}]
 )
 def test_draws_follow_the_truncated_distribution(vocab, options):
     sampling = Sampling(**options)
     logits = 2.0 * np.random.default_rng(vocab).standard_normal(vocab).astype(np.float32)
-    count = 100_000
+    count = 40_000
     draw = jax.jit(lambda u: sample(jnp.tile(logits, (10_000, 1)), u, sampling)[0])
-    uniform = np.random.default_rng(1).random((10, 10_000), np.float32)
+    uniform = np.random.default_rng(1).random((4, 10_000), np.float32)
     tokens = np.concatenate([np.asarray(draw(u)) for u in uniform])
     expected = exact(logits, sampling) * count
     seen = np.bincount(tokens, minlength=vocab)
