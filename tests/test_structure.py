@@ -18,6 +18,7 @@ RANKS = [
     {"models"},
     {"rollout", "rewards", "data", "batching"},
     {"step", "checkpoint", "metrics", "preflight", "scoring", "rundir", "testing", "quickstart"},
+    {"callbacks", "collect"},
     {"trainer"},
     {"cli"},
 ]
