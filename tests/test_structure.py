@@ -17,13 +17,23 @@ RANKS = [
     {"algo", "mesh"},
     {"models"},
     {"rollout", "rewards", "data", "batching"},
-    {"step", "checkpoint", "metrics", "preflight", "scoring", "rundir", "testing", "quickstart"},
+    {"step", "checkpoint", "metrics", "preflight", "scoring", "rundir", "interrupt", "testing", "quickstart"},
     {"callbacks", "collect"},
     {"trainer"},
     {"cli"},
 ]
 """Lowest first; a part may import its own rank and what lies below. The longest matching name counts."""
-HOST_ONLY = ("config", "rewards", "evaluation", "rundir", "cli", "quickstart", "algo.spec", "algo.refusals")
+HOST_ONLY = (
+    "config",
+    "rewards",
+    "evaluation",
+    "rundir",
+    "interrupt",
+    "cli",
+    "quickstart",
+    "algo.spec",
+    "algo.refusals",
+)
 """Parts that never import jax themselves."""
 
 

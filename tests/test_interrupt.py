@@ -1,0 +1,61 @@
+"""Ctrl-C: the first asks, the second acts, and the handlers are as before afterwards."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.interrupt import Interrupt, Interrupted, command_to_go_on
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_only_asks(number, status, capfd):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with Interrupt() as interrupt:
+        assert not interrupt.requested
+        os.kill(os.getpid(), number)
+        assert interrupt.requested
+        ended = interrupt.ended(3, Path("runs/a"))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert isinstance(ended, Interrupted) and isinstance(ended, KeyboardInterrupt)
+    assert (ended.step, ended.status) == (3, status)
+    assert "after step 3" in str(ended) and "runs/a" in str(ended)
+    assert f"{number.name}: the step at hand" in capfd.readouterr().err
+
+
+def test_the_second_does_what_it_would_do_without_us():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as caught, Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not isinstance(caught.value, Interrupted)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_off_the_main_thread_nothing_is_installed():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def look():
+        with Interrupt() as interrupt:
+            seen.append((signal.getsignal(signal.SIGINT) is before, interrupt.requested))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [(True, False)]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["scripts/train.py"], "python scripts/train.py --output_dir 'runs/a b'"),
+        (["/opt/bin/grpo-jax", "c.toml"], "grpo-jax c.toml --output_dir 'runs/a b'"),
+        (["t.py", "--output_dir=x", "--steps", "3"], "python t.py --output_dir=x --steps 3"),
+        (["t.py", "--output_dir", "x y"], "python t.py --output_dir 'x y'"),
+    ],
+)
+def test_the_command_that_goes_on(command, expected):
+    assert command_to_go_on(command, Path("runs/a b")) == expected
