@@ -37,7 +37,9 @@ class ModelConfig(Section):
     """The model and its arithmetic."""
 
     path: str = "quickstart"
-    """Directory of a Hugging Face checkpoint; "quickstart" is the model the package ships."""
+    """Directory of a Hugging Face checkpoint, or a hub id "owner/name"; "quickstart" is the model the package ships."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; none: its main branch."""
     dtype: Dtype = "float32"
     """Type of the computation."""
     param_dtype: Dtype = "float32"
@@ -51,14 +53,31 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts to train on and to be judged by."""
 
-    train: str = "quickstart"
-    """JSONL file of training prompts, one object a line; "quickstart" is the file the package ships."""
-    eval: str | None = "quickstart"
-    """JSONL file of held-out prompts; none switches evaluation off."""
+    train: str | dict[str, PositiveFloat] = "quickstart"
+    """Training prompts: a .jsonl, .json, .csv or .parquet file, a directory that datasets' save_to_disk wrote, or a hub
+    dataset "owner/name", "owner/name:split" or "owner/name/config:split"; "quickstart" is the file the package ships. A
+    table of several, each with its weight, is a mixture: each draw takes a source with a chance in proportion to it."""
+    eval: str | dict[str, str] | None = "quickstart"
+    """Held-out prompts, named like data.train, or a table of several, each by a name of its own; none switches
+    evaluation off."""
     prompt_column: str = "prompt"
     """Column that holds the prompt: a string, or a list of chat messages."""
+    prompt_template: str | None = None
+    """Text that makes the prompt of a row, {column} standing for the row's value; none: the prompt column is it."""
+    rename_columns: dict[str, str] = {}
+    """Columns to rename, old name to new, such as solution to answer for a reward that reads "answer"."""
+    as_messages: bool = False
+    """Make a prompt that is a string a message of the user, for the chat template; false leaves it raw."""
+    system_prompt: str | None = None
+    """System message put before the messages of every prompt."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; none: the tokenizer's own."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """Arguments of the chat template, such as enable_thinking."""
     max_prompt_len: PositiveInt = 512
-    """Longest prompt in tokens; longer ones are left out and counted, never cut."""
+    """Longest prompt in tokens, as the model gets it; longer ones are never cut."""
+    long_prompts: Literal["filter", "error"] = "filter"
+    """What becomes of longer prompts: filter leaves them out and says how many, error ends the run before it begins."""
     shuffle: bool = True
     """Draw the rows of each epoch in an order of its own, fixed by the seed."""
 
@@ -110,6 +129,12 @@ class AlgorithmConfig(Section):
     """Add DAPO's penalty, 0 to -1, to the reward of completions near rollout.max_new_tokens."""
     overlong_buffer_len: PositiveInt | None = None
     """Length of the soft overlong ramp in tokens; none: a fifth of rollout.max_new_tokens."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards do not differ and sample on until the batch is full (DAPO)."""
+    max_rounds: PositiveInt = 4
+    """Rounds of sampling a step may take under dynamic_sampling; then it trains on what there is."""
+    spread_of: str | None = None
+    """Reward function whose answers must differ under dynamic_sampling; none: the weighted sum of all."""
     loss: LossSection = LossSection()  # type: ignore[valid-type]
 
     @model_validator(mode="before")
@@ -326,6 +351,12 @@ def _refusals(config: TrainConfig) -> list[tuple[str, bool, str]]:
             "reward.weights",
             reward.weights is not None and len(reward.weights) != len(reward.functions),
             f"got {len(reward.weights or ())} weights for {len(reward.functions)} functions. Give one a function.",
+        ),
+        (
+            "algorithm.spread_of",
+            config.algorithm.spread_of is not None and config.algorithm.spread_of not in reward.functions,
+            f"got {config.algorithm.spread_of!r}, which is none of reward.functions = {list(reward.functions)}. "
+            "Name one of them, or leave it out.",
         ),
         (
             "reward.functions",
