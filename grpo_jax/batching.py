@@ -88,12 +88,6 @@ def minibatches(rollout: Rollout, count: int) -> list[slice]:
     return [slice(i * size, (i + 1) * size) for i in range(count)]
 
 
-def take(rollout: Rollout, rows: slice) -> Rollout:
-    """The rollout's rows in ``rows``."""
-    fields = (rollout.tokens, rollout.prompt_len, rollout.completion_len, rollout.sampler_logp, rollout.finish)
-    return Rollout(*(field[rows] for field in fields))
-
-
 def _rows(rollout: Rollout, layout: Layout) -> list[list[_Item]]:
     lengths = (rollout.prompt_len + rollout.completion_len).tolist()
     if layout.kind == "padded":

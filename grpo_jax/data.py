@@ -4,6 +4,7 @@ import importlib.resources
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +195,17 @@ class PromptStream:
         """Prompts in an epoch."""
         return len(self._kept)
 
-    def next(self) -> list[Prompt]:
-        """The next ``prompts_per_step`` prompts."""
-        batch = [self._at(place) for place in range(self._cursor, self._cursor + self._count)]
-        self._cursor += self._count
+    def next(self, count: int | None = None) -> list[Prompt]:
+        """The next ``count`` prompts; None is ``prompts_per_step``."""
+        count = self._count if count is None else count
+        batch = [self._at(place) for place in range(self._cursor, self._cursor + count)]
+        self._cursor += count
         return batch
+
+    def by_request(self, request_id: int) -> Prompt:
+        """The prompt that was drawn under a request id."""
+        prompt = self._kept[request_id % self._dataset.row_count]
+        return replace(prompt, request_id=request_id)
 
     def state(self) -> int:
         """How many prompts were drawn: all there is to save."""

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,11 @@ import numpy as np
 
 from grpo_jax.scoring import Scored
 from grpo_jax.types import Prompt, Rollout
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes a part of a character to."""
+MOST_BYTES = 4
+"""Bytes of the longest character in UTF-8."""
 
 
 class CompileLog:
@@ -82,7 +88,8 @@ class JsonLines:
     def __init__(self, path: Path, keep_below: int | None = None):
         """Args: the file, and the first step whose lines are dropped (None keeps nothing)."""
         kept = _lines_below(path, keep_below)
-        self._file = path.open("w", encoding="utf-8")
+        # Half a surrogate pair, which a data set's "\\ud800" holds, is no UTF-8; its backslash form is JSON again.
+        self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
         self._file.writelines(kept)
         self._file.flush()
 
@@ -99,11 +106,12 @@ class JsonLines:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a file that `JsonLines` wrote; a last line cut off by a kill is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with path.open(encoding="utf-8", newline="\n") as lines:  # other separators are characters of a completion
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
     return rows
 
 
@@ -158,15 +166,66 @@ def means(sums: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
     return out
 
 
+class TokenTexts:
+    """The text of each token of a completion, such that together they spell it, stop token included."""
+
+    def __init__(self, tokenizer: Any):
+        """Args: the model's tokenizer."""
+        self._decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        self._known: dict[int, str] = {}
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        """One text a token; of tokens that are parts of one character, the last has it and the others are empty."""
+        texts, part = list[str](), list[int]()
+        for token in ids:
+            text = self._of(token)
+            if part and BROKEN not in text:
+                texts[-1], part = self._decode(part), []
+            if BROKEN in text:
+                text = self._decode([*part, token])
+                unfinished = text.endswith(BROKEN) and len(part) + 1 < MOST_BYTES
+                text, part = ("", [*part, token]) if unfinished else (text, [])
+            texts.append(text)
+        if part:
+            texts[-1] = self._decode(part)
+        return texts
+
+    def _of(self, token: int) -> str:
+        if token not in self._known:
+            # Behind another token, as some tokenizers drop the space a text begins with.
+            self._known[token] = self._decode([token, token])[len(self._decode([token])) :]
+        return self._known[token]
+
+
 def completion_rows(
-    step: int, prompts: Sequence[Prompt], rollout: Rollout, scored: Scored, names: Sequence[str], most: int
+    step: int,
+    prompts: Sequence[Prompt],
+    rollout: Rollout,
+    scored: Scored,
+    names: Sequence[str],
+    most: int,
+    texts: TokenTexts | None = None,
 ) -> list[dict[str, Any]]:
-    """Lines of completions.jsonl for the first ``most`` completions of a step."""
+    """Lines of completions.jsonl for the first groups of a step: as many as hold ``most`` completions.
+
+    Args:
+        step: its number.
+        prompts: Q prompts.
+        rollout: their N completions.
+        scored: the same, judged.
+        names: of the F reward functions.
+        most: completions to keep, rounded up to whole groups.
+        texts: gives the texts of tokens; None leaves tokens and their log-probabilities out.
+    """
     samples = rollout.tokens.shape[0] // len(prompts)
+    kept = min(-(-most // samples), len(prompts)) * samples
     rewards = scored.reward.reshape(-1)
-    return [
-        {
+    rows = []
+    for n in range(kept):
+        row = {
             "step": step,
+            "group": n // samples,
+            "sample": n % samples,
             "prompt": prompts[n // samples].text,
             "completion": scored.completions[n],
             "rewards": {name: _json(float(scored.by_function[f, n])) for f, name in enumerate(names)},
@@ -175,8 +234,22 @@ def completion_rows(
             "finish": str(rollout.finish[n]),
             "length": int(rollout.completion_len[n]),
         }
-        for n in range(min(most, len(scored.completions)))
-    ]
+        extra = {name: _plain(values[n]) for name, values in getattr(scored, "extra", {}).items()}
+        rows.append(row | ({"extra": extra} if extra else {}) | _tokens(rollout, n, texts))
+    return rows
+
+
+def _tokens(rollout: Rollout, n: int, texts: TokenTexts | None) -> dict[str, Any]:
+    if texts is None:
+        return {}
+    logp = rollout.sampler_logp[n][rollout.prompt_len[n] :][: rollout.completion_len[n]]
+    return {"tokens": texts(rollout.completion_ids(n)), "logp": [round(float(x), 2) + 0.0 for x in logp]}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a reward's extra value: numbers, booleans and text as they are, all else as text."""
+    value = _json(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def step_line(steps: int, row: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Completions -> rewards [Q, G] by function, shaped and weighted, -> advantages and the mask of what is trained."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,52 @@ from grpo_jax.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What the reward functions said of a rollout.
+
+    Attributes:
+        completions: N texts.
+        by_function: [F, N] float32, NaN where a function gave no answer.
+        warnings: what went wrong in the reward functions.
+        extra: columns of N values that the functions logged, by name.
+        metrics: figures that the functions logged, by name.
+    """
+
+    completions: list[str]
+    by_function: np.ndarray
+    warnings: tuple[str, ...] = ()
+    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def take(self, rows: np.ndarray) -> "Answers":
+        """Those of some rows; figures stay."""
+        extra = {name: [values[n] for n in rows] for name, values in self.extra.items()}
+        texts = [self.completions[n] for n in rows]
+        return Answers(texts, self.by_function[:, rows], self.warnings, extra, self.metrics)
+
+    @staticmethod
+    def join(parts: "Sequence[Answers]") -> "Answers":
+        """Of several rollouts, one behind the other; a column that a part lacks is None there, figures are averaged."""
+        names = dict.fromkeys(name for part in parts for name in part.extra)
+        lacking = [[None] * len(part.completions) for part in parts]
+        extra = {
+            name: [value for part, none in zip(parts, lacking, strict=True) for value in part.extra.get(name, none)]
+            for name in names
+        }
+        figures: dict[str, list[float]] = {}
+        for part in parts:
+            for name, value in part.metrics.items():
+                figures.setdefault(name, []).append(value)
+        return Answers(
+            [text for part in parts for text in part.completions],
+            np.concatenate([part.by_function for part in parts], axis=1),
+            tuple(dict.fromkeys(warning for part in parts for warning in part.warnings)),
+            extra,
+            {name: sum(values) / len(values) for name, values in figures.items()},
+        )
+
+
+@dataclass(frozen=True)
 class Scored:
     """One rollout, judged.
 
@@ -28,7 +75,10 @@ class Scored:
         spread: [Q] bool, the group's weighted rewards, before shaping, differ.
         advantages: [N] float32.
         mask: [N, T] bool, True where trained.
+        counted: [Q] bool, groups of this step; the others only fill the batch's shape and are in no denominator.
         warnings: what went wrong in the reward functions.
+        extra: columns of N values that the functions logged, by name.
+        metrics: figures that the functions logged, by name.
     """
 
     completions: list[str]
@@ -38,7 +88,10 @@ class Scored:
     spread: np.ndarray
     advantages: np.ndarray
     mask: np.ndarray
-    warnings: tuple[str, ...]
+    counted: np.ndarray
+    warnings: tuple[str, ...] = ()
+    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,8 +110,8 @@ class Scorer:
     stop_ids: frozenset[int]
     config: TrainConfig
 
-    def rewards(self, prompts: list[Prompt], rollout: Rollout) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
-        """Completions as text, rewards [F, N] and warnings; columns of the data set arrive repeated per sample."""
+    def rewards(self, prompts: list[Prompt], rollout: Rollout) -> Answers:
+        """Completions as text, and what the functions say; columns of the data set arrive repeated per sample."""
         samples = rollout.tokens.shape[0] // len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         ids = [rollout.completion_ids(n) for n in range(len(repeated))]
@@ -69,23 +122,39 @@ class Scorer:
         if self.pool is not None:
             scores = self.pool.score([prompt.text for prompt in repeated], texts, ids, columns)
             by_function, warnings = scores.rewards, scores.warnings
-        return texts, from_first(by_function.astype(np.float32)), warnings
+        return Answers(texts, from_first(by_function.astype(np.float32)), warnings)
 
-    def score(self, prompts: list[Prompt], rollout: Rollout) -> Scored:
-        """Rewards, then advantages and what is trained.
+    def spread(self, answers: Answers, prompt_count: int) -> np.ndarray:
+        """[Q] bool: the group's weighted rewards, before shaping, differ (or those of ``algorithm.spread_of``)."""
+        by_function = answers.by_function.reshape(len(answers.by_function), prompt_count, -1)
+        named = self.config.algorithm.spread_of
+        if named is not None:
+            place = self.config.reward.functions.index(named)
+            by_function, weights = by_function[place : place + 1], np.ones(1, np.float32)
+        else:
+            weights = self._weights(len(by_function))
+        return np.asarray(_spread(by_function, weights))
+
+    def judge(self, rollout: Rollout, answers: Answers, counted: np.ndarray) -> Scored:
+        """Rewards -> advantages and what is trained.
+
+        Args:
+            rollout: N = Q * G rows.
+            answers: of all of them.
+            counted: [Q] bool; groups that are False have no advantage, train nothing and are in no statistic.
 
         Raises:
             ValueError: a weighted reward that float32 cannot hold.
         """
-        texts, by_function, warnings = self.rewards(prompts, rollout)
-        shape = (len(by_function), len(prompts), -1)
-        weights = np.asarray(self.config.reward.weights or (1.0,) * len(by_function), np.float32)
+        by_function = answers.by_function
+        shape = (len(by_function), len(counted), -1)
         out = _judge(
             self.config.algorithm,
             self.config.rollout.max_new_tokens,
             by_function.reshape(shape),
-            weights,
+            self._weights(len(by_function)),
             rollout.completion_len.reshape(shape[1:]),
+            counted,
         )
         reward, scored, spread, advantages = jax.device_get(out)
         if not np.isfinite(reward).all():
@@ -94,15 +163,31 @@ class Scorer:
                 f"reward.weights: the weighted sum of {by_function[:, row].tolist()} is beyond float32. "
                 "Use smaller weights or rewards."
             )
-        mask = rollout.completion_mask
+        mask = rollout.completion_mask & np.repeat(counted, reward.shape[1])[:, None]
         if self.config.algorithm.overlong_filter:
             mask = mask & (rollout.finish != "length")[:, None]
-        return Scored(texts, by_function, reward, scored, spread, advantages.reshape(-1), mask, warnings)
+        advantages = advantages.reshape(-1)
+        said = (answers.warnings, answers.extra, answers.metrics)
+        return Scored(answers.completions, by_function, reward, scored, spread, advantages, mask, counted, *said)
+
+    def _weights(self, count: int) -> np.ndarray:
+        return np.asarray(self.config.reward.weights or (1.0,) * count, np.float32)
+
+
+@jax.jit
+def _spread(rewards: jax.Array, weights: jax.Array) -> jax.Array:
+    """Rewards [F, Q, G] with NaN for no answer -> [Q], which groups have weighted rewards that differ."""
+    return algo.has_spread(*algo.combine_rewards(rewards, weights, valid=jnp.isfinite(rewards)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _judge(
-    config: AlgorithmConfig, limit: int, rewards: jax.Array, weights: jax.Array, lengths: jax.Array
+    config: AlgorithmConfig,
+    limit: int,
+    rewards: jax.Array,
+    weights: jax.Array,
+    lengths: jax.Array,
+    counted: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Rewards [F, Q, G] with NaN for no answer -> reward, scored, spread, advantages."""
     reward, scored = algo.combine_rewards(rewards, weights, valid=jnp.isfinite(rewards))
@@ -111,7 +196,8 @@ def _judge(
         reward = reward + algo.soft_overlong(lengths, limit, buffer_len=config.overlong_buffer_len)
     reward = jnp.where(scored, reward, 0.0)
     assert config.advantage != "gae"  # refused by the config
+    valid = scored & counted[:, None]
     advantages = algo.group_advantages(
-        reward, estimator=config.advantage, valid=scored, lengths=lengths, ddof=config.ddof, eps=config.eps
+        reward, estimator=config.advantage, valid=valid, lengths=lengths, ddof=config.ddof, eps=config.eps
     )
     return reward, scored, spread, advantages

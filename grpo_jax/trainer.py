@@ -1,11 +1,9 @@
-"""The loop: sample, score, pack, annotate, update; after that log, evaluate and save."""
+"""The loop: collect a batch, learn from it; after that log, evaluate and save."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +11,34 @@ import jax
 import numpy as np
 
 from grpo_jax import rundir
-from grpo_jax.batching import Layout, minibatches, pack, take
+from grpo_jax.callbacks import Callback, Evaluation, Run, Step
+from grpo_jax.callbacks.table import build
 from grpo_jax.checkpoint import CheckpointStore
+from grpo_jax.collect import Collected, Collector
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet, PromptStream, load_rows, load_tokenizer, resolve_asset, stop_ids
-from grpo_jax.evaluation import avg_at_k, pass_at_k
-from grpo_jax.mesh import batch_sharding, initialize_distributed, is_first, make_mesh, wait_for_all
+from grpo_jax.evaluator import Evaluator
+from grpo_jax.learning import Learning, layout_of
+from grpo_jax.mesh import from_first, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,
     JsonLines,
     Phases,
     completion_rows,
-    draw_curves,
-    means,
     peak_memory,
     read_json_lines,
     reward_metrics,
     rollout_metrics,
-    step_line,
 )
 from grpo_jax.models import Model, load_model, save_hf
 from grpo_jax.preflight import report, versions
 from grpo_jax.rewards import RewardPool
 from grpo_jax.rollout import Sampling, StaticEngine
-from grpo_jax.scoring import Scored, Scorer
-from grpo_jax.step import Learner, learning_rate, make_optimizer
-from grpo_jax.types import Params, Prompt, Rollout, TrainBatch
+from grpo_jax.scoring import Scorer
+from grpo_jax.types import Params
 
 PROMPT_MULTIPLE = 8
 """Prompts are padded to the longest of the run, rounded up to this many tokens: one shape a run."""
-EVAL_ROUND = 2**32 - 1
-"""The round that addresses the uniforms of every evaluation, so that two of them differ by the parameters only."""
-MOST_SKIPPED = 10
-"""Updates in a row that may be skipped for a gradient that is not finite before the run gives up."""
 
 RewardFunction = Callable[..., Any]
 Rows = Sequence[dict[str, Any]]
@@ -65,6 +58,7 @@ class Trainer:
         train_dataset: str | Path | Rows | None = None,
         eval_dataset: str | Path | Rows | None = None,
         config: TrainConfig | None = None,
+        callbacks: Sequence[Callback] = (),
         name: str = "run",
     ):
         """Describe the run; nothing is loaded yet.
@@ -76,6 +70,7 @@ class Trainer:
             train_dataset: JSONL file, or rows with a prompt column.
             eval_dataset: the same, held out; given training rows and no evaluation rows, nothing is evaluated.
             config: everything else.
+            callbacks: what looks on, behind those the config names; any of them may end the run.
             name: what the run's directory is called after when the config names none.
         """
         config = config or TrainConfig()
@@ -85,7 +80,7 @@ class Trainer:
         self._eval = eval_dataset
         if eval_dataset is None and train_dataset is None:
             self._eval = config.data.eval
-        self._name = name
+        self._name, self._callbacks = name, tuple(callbacks)
         tables = config.model_dump()
         tables["model"]["path"] = str(model or config.model.path)
         tables["data"] |= {"train": _describe(self._train), "eval": _describe(self._eval)}
@@ -108,12 +103,44 @@ class Trainer:
             directory = rundir.open_run(self.config, self._name)
         wait_for_all("run directory")
         rewards = _reward_pool(self.config, self._rewards) if is_first() else nullcontext()
-        with CompileLog() as compiles, rewards as pool:
-            run = _Run(self.config, directory, pool, self._train, self._eval, compiles, begun)
+        with CompileLog() as compiles, rewards as pool, _Watchers(self.config, directory, self._callbacks) as watchers:
+            run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun)
             try:
                 return run.loop()
             finally:
                 run.close()
+
+
+class _Watchers:
+    """The callbacks of a run, called on the first process; what one of them decides is told to all (contract 12)."""
+
+    def __init__(self, config: TrainConfig, directory: Path, own: Sequence[Callback]):
+        self._all = [*build(config, directory, self.warn), *own] if is_first() else []
+
+    def __enter__(self) -> "_Watchers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for callback in self._all:
+            callback.close()
+
+    def start(self, run: Run) -> None:
+        for callback in self._all:
+            callback.on_start(run)
+
+    def step(self, step: Step) -> bool:
+        return _agreed(any([callback.on_step(step) for callback in self._all]))
+
+    def evaluation(self, evaluation: Evaluation) -> bool:
+        return _agreed(any([callback.on_eval(evaluation) for callback in self._all]))
+
+    def warn(self, text: str) -> None:
+        for callback in self._all:
+            callback.on_warning(text)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        for callback in self._all:
+            callback.on_end(summary)
 
 
 class _Run:
@@ -126,250 +153,127 @@ class _Run:
         pool: RewardPool | None,
         train: str | Path | Rows,
         held_out: str | Path | Rows | None,
+        watchers: _Watchers,
         compiles: CompileLog,
         begun: float,
     ):
-        self.config, self.directory, self.compiles, self.begun = config, directory, compiles, begun
+        self.config, self.directory, self.watchers = config, directory, watchers
+        self.compiles, self.begun, self.phases = compiles, begun, Phases()
         self.source = resolve_asset(config.model.path, "model")
-        tokenizer = load_tokenizer(self.source)
-        self.prompts = PromptStream(
-            _rows(train, "train", config),
-            tokenizer,
-            seed=config.seed,
-            prompts_per_step=config.rollout.prompts_per_step,
-            max_prompt_len=config.data.max_prompt_len,
-            prompt_column=config.data.prompt_column,
-            shuffle=config.data.shuffle,
-        )
-        self.held_out = None
-        if held_out is not None:
-            rows = _rows(held_out, "eval", config)[: config.eval.prompts]
-            self.held_out = PromptSet(rows, tokenizer, config.data.max_prompt_len, config.data.prompt_column)
-        stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, tokenizer))
-        self.sampling = Sampling(
+        self.tokenizer = load_tokenizer(self.source)
+        prompts, sets = _prompts(config, self.tokenizer, train, held_out)
+        self.model, params = _load(config, self.source)
+        longest = max(each.longest for each in (prompts, *sets.values()))
+        prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        _check_positions(config, self.model, longest, prompt_len)
+        stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
+        sampling = Sampling(
             config.rollout.temperature,
             config.rollout.top_k,
             config.rollout.top_p,
             config.rollout.max_new_tokens,
             tuple(sorted(stops)),
         )
-        self.scorer = Scorer(pool, tokenizer, stops, config)
-        self.model, params = _load(config, self.source)
-        self._build_learner()
-        left_out = self.prompts.filtered_count + (self.held_out.filtered_count if self.held_out else 0)
+        engine = StaticEngine(self.model, prompt_len, config.rollout.prompts_per_step * config.rollout.num_samples)
+        scorer = Scorer(pool, self.tokenizer, stops, config)
+        self.names = tuple(pool.names) if pool else config.reward.functions
+        self.collector = Collector(prompts, engine, scorer, sampling, config, self.phases)
+        self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
+        layout = layout_of(config, self.model, prompt_len)
+        self.facts = [report(self.model, config, layout, prompt_len)]
+        left_out = sum(each.filtered_count for each in (prompts, *sets.values()))
         if left_out:
-            self.say(f"{left_out} prompts are longer than data.max_prompt_len and are left out")
-        self.say(report(self.model, config, self.layout, self.engine.prompt_len or 0))
-        self._start(params)
+            self.facts.append(f"{left_out} prompts are longer than data.max_prompt_len and are left out")
+        self.learning = Learning(config, self.model, params, layout, self.phases)
+        self._start()
 
-    def _build_learner(self) -> None:
-        config = self.config
-        rows = config.rollout.prompts_per_step * config.rollout.num_samples
-        longest = max(self.prompts.longest, self.held_out.longest if self.held_out else 0)
-        prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        self.engine = StaticEngine(self.model, prompt_len, rows)
-        width = prompt_len + config.rollout.max_new_tokens
-        if width > self.model.spec.max_len:
-            raise ValueError(
-                f"rollout.max_new_tokens: got {config.rollout.max_new_tokens}, with prompts of up to {longest} tokens "
-                f"more than the {self.model.spec.max_len} positions the model was made for. Lower it, or "
-                "data.max_prompt_len."
-            )
-        kind = config.batch.rows
-        row_len = width if kind == "padded" else config.batch.row_len or 2 * width
-        shards = self.model.compute.mesh.shape["data"] * self.model.compute.mesh.shape["fsdp"]
-        micro = config.optim.microbatch_rows
-        micro = None if micro is None else -(-micro // shards) * shards
-        self.layout = Layout(kind, row_len, rows // config.optim.minibatches, micro or shards)
-        updates = config.steps * config.updates_per_step
-        self.learner = Learner(
-            model=self.model,
-            loss=config.loss,
-            optimizer=make_optimizer(config.optim, updates, self.model.decay_mask),
-            schedule=learning_rate(config.optim, updates),
-            scored_len=config.rollout.max_new_tokens if kind == "padded" else row_len,
-            temperature=config.rollout.temperature,
-            microbatch_rows=micro,
-            segmented=kind != "padded",
-        )
-
-    def _start(self, params: Params) -> None:
+    def _start(self) -> None:
         """From the newest checkpoint, or from the model; the reference is where the run started from."""
         self.store = CheckpointStore(self.directory, self.config.checkpoint.keep)
-        self.reference = None
-        self.record: dict[str, Any] = {"step": 0, "cursor": 0, "seconds": 0.0, "phases": {}, "accuracy": []}
-        if self.config.loss.kl_in_loss:
-            self.store.save_reference(params)
-        self.state = self.learner.init(params)
+        self.learning.keep_reference(self.store)
+        self.record: dict[str, Any] = {"step": 0, "seconds": 0.0, "phases": {}, "accuracy": []}
         newest = self.store.latest()
         if newest is not None:
-            self.state, self.record = self.store.restore(newest, self.state)
-            self.prompts.restore(self.record["cursor"])
-            self.say(f"going on from step {newest} in {self.directory}")
-        if self.config.loss.kl_in_loss:
-            self.reference = params if newest is None else self.store.restore_reference(params)
-        self.skipped = 0
-        self.phases = Phases(self.record["phases"])
+            self.record = self.learning.restore(self.store, newest)
+            self.collector.restore(self.record["collector"])
+            self.phases.total.update(self.record["phases"])
+            self.facts.append(f"going on from step {newest} in {self.directory}")
         below = None if newest is None else newest + 1
         nowhere = None if is_first() else Path(os.devnull)
-        self.metrics = JsonLines(nowhere or self.directory / rundir.METRICS, below)
+        metrics = nowhere or self.directory / rundir.METRICS
+        self.metrics = JsonLines(metrics, below)
         self.completions = JsonLines(nowhere or self.directory / rundir.COMPLETIONS, below)
+        history = () if newest is None or nowhere else tuple(read_json_lines(metrics))
+        start = self.record["step"]
+        facts = tuple(self.facts)
+        self.watchers.start(Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history))
 
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""
-        config, phase = self.config, self.phases
-        start = self.record["step"]
-        if start == 0:
-            self.evaluate(0)
+        start, config = self.record["step"], self.config
+        ended = start == 0 and self.evaluate(0)
         for step in range(start, config.steps):
+            if ended:
+                break
             begun = time.perf_counter()
-            with phase("data"):
-                prompts = self.prompts.next()
-            with phase("rollout"):
-                rollout = self.engine.generate(
-                    self.state.params,
-                    prompts,
-                    num_samples=config.rollout.num_samples,
-                    sampling=self.sampling,
-                    seed=config.seed,
-                    step=step,
-                )
-            if not np.isfinite(rollout.sampler_logp).all():
-                raise ValueError(
-                    f"after step {step} the model's log-probabilities are not finite, so what it samples means "
-                    "nothing. Lower optim.learning_rate; an earlier checkpoint may still be sound."
-                )
-            with phase("reward"):
-                scored = self.scorer.score(prompts, rollout)
-            with phase("pack"):
-                parts = self.pack(rollout, scored)
-            with phase("annotate"):
-                parts = [self.annotate(part) for part in parts]
-            with phase("update"):
-                figures = self.update(parts)
-            self.after(step + 1, prompts, rollout, scored, figures, time.perf_counter() - begun)
+            batch = self.collector.next(self.learning.params, step)
+            figures = self.learning.train(batch)
+            ended = self.after(step + 1, batch, figures, time.perf_counter() - begun)
         return self.finish()
 
-    def pack(self, rollout: Rollout, scored: Scored) -> list[TrainBatch]:
-        """Rows of each update of one epoch, on the devices."""
-        parts = []
-        for rows in minibatches(rollout, self.config.optim.minibatches):
-            part = pack(take(rollout, rows), scored.advantages[rows], scored.mask[rows], self.layout)
-            parts.append(jax.device_put(part, batch_sharding(self.model.compute.mesh)))
-        return parts
-
-    def annotate(self, batch: TrainBatch) -> TrainBatch:
-        """Add old_logp when the rollout is trained on more than once, ref_logp when there is a KL."""
-        if self.config.updates_per_step > 1:
-            batch = replace(batch, old_logp=self.learner.logprobs(self.state.params, batch))
-        if self.reference is not None:
-            batch = replace(batch, ref_logp=self.learner.logprobs(self.reference, batch))
-        return batch
-
-    def update(self, parts: list[TrainBatch]) -> dict[str, float]:
-        """Every update on one rollout; its figures, averaged over tokens or updates."""
-        sequences = np.int32(self.layout.sample_count)
-        sums, maxima = [], []
-        for _ in range(self.config.optim.epochs):
-            for part in parts:
-                self.state, *figures = self.learner.update(self.state, part, sequences)
-                sums.append(figures[0])
-                maxima.append(figures[1])
-        sums, maxima = jax.device_get((sums, maxima))
-        out = means(sums) | {name: float(np.max([m[name] for m in maxima])) for name in maxima[0]}
-        out["batch/row_count"] = sum(part.tokens.shape[0] for part in parts)
-        self.skipped = self.skipped + 1 if out["skipped_update_count"] == len(sums) else 0
-        if self.skipped > MOST_SKIPPED and not np.isfinite(out["grad_norm"]):
-            raise ValueError(
-                f"the gradient was not finite in {self.skipped} steps in a row, so nothing is learned any more. "
-                "Lower optim.learning_rate, or compute in float32 (model.dtype)."
-            )
-        return out
-
-    def after(
-        self,
-        step: int,
-        prompts: list[Prompt],
-        rollout: Rollout,
-        scored: Scored,
-        figures: dict[str, float],
-        seconds: float,
-    ) -> None:
-        """Log what the step gave; evaluate and save when it is time. Host only."""
-        tokens = int(rollout.completion_len.sum())
-        names = self.scorer.pool.names if self.scorer.pool else self.config.reward.functions
-        row: dict[str, Any] = {"step": step, **reward_metrics(names, scored), **rollout_metrics(rollout), **figures}
+    def after(self, step: int, batch: Collected, figures: dict[str, float], seconds: float) -> bool:
+        """Log what the step gave; evaluate and save when it is time; whether the run ends here. Host only."""
+        row: dict[str, Any] = {"step": step, **reward_metrics(self.names, batch.scored)}
+        row |= {**rollout_metrics(batch.rollout), **figures, **batch.metrics, **batch.scored.metrics}
         row |= {f"seconds/{name}": spent for name, spent in self.phases.take_step().items()}
         row |= {"seconds": seconds, "seconds/elapsed": self.elapsed()}
-        row |= {"tokens_per_second": tokens / seconds} | self.compiles.take_step()
+        row |= {"tokens_per_second": int(batch.rollout.completion_len.sum()) / seconds} | self.compiles.take_step()
         self.metrics.write(row)
-        for line in completion_rows(step, prompts, rollout, scored, names, self.config.log.completions):
+        lines = completion_rows(
+            step, batch.prompts, batch.rollout, batch.scored, self.names, self.config.log.completions
+        )
+        for line in lines:
             self.completions.write(line)
-        for warning in scored.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        self.say(step_line(self.config.steps, row))
-        last = step == self.config.steps
+        for warning in batch.warnings:
+            self.watchers.warn(warning)
+        ended = self.watchers.step(Step(step, row, batch.prompts, batch.rollout, batch.scored))
+        last = ended or step == self.config.steps
         if last or _is_time(step, self.config.eval.every):
-            self.evaluate(step)
-        if last or _is_time(step, self.config.checkpoint.every):
+            ended = self.evaluate(step) or ended
+        if ended or last or _is_time(step, self.config.checkpoint.every):
             self.save(step)
+        return ended
 
-    def evaluate(self, step: int) -> None:
-        """Greedy accuracy, and avg@k and pass@k over samples, on the held-out prompts."""
-        if self.held_out is None:
-            return
+    def evaluate(self, step: int) -> bool:
+        """Figures on every held-out set; whether the run ends here."""
+        if not self.evaluator.held_out:
+            return False
         with self.phases("evaluate"):
-            prompts = self.held_out.prompts
-            greedy = self._correct(prompts, 1, replace(self.sampling, temperature=0.0, top_k=None, top_p=None))
-            row = {"step": step, "eval/accuracy": float(greedy.mean())}
-            k = self.config.eval.samples
-            if k:
-                correct = self._correct(prompts, k, self.sampling).sum(1)
-                row |= {
-                    "eval/avg_at_k": float(np.mean([avg_at_k(k, int(c)) for c in correct])),
-                    "eval/pass_at_k": float(np.mean([pass_at_k(k, int(c), k) for c in correct])),
-                }
+            row: dict[str, Any] = {"step": step, **self.evaluator.evaluate(self.learning.params)}
         self.record["accuracy"].append(row["eval/accuracy"])
         row["seconds/elapsed"] = self.elapsed()
         self.metrics.write(row)
-        names = {"eval/accuracy": "greedy", "eval/avg_at_k": f"avg@{k}", "eval/pass_at_k": f"pass@{k}"}
-        self.say(f"held-out after step {step}: " + ", ".join(f"{n} {row[f]:.1%}" for f, n in names.items() if f in row))
-
-    def _correct(self, prompts: list[Prompt], samples: int, sampling: Sampling) -> np.ndarray:
-        """[prompts, samples] bool: the first reward function is above the threshold."""
-        rollout = self.engine.generate(
-            self.state.params,
-            prompts,
-            num_samples=samples,
-            sampling=sampling,
-            seed=self.config.seed,
-            step=EVAL_ROUND,
-        )
-        _, by_function, warnings = self.scorer.rewards(prompts, rollout)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        return (np.nan_to_num(by_function[0]) > self.config.eval.correct_above).reshape(len(prompts), samples)
+        return self.watchers.evaluation(Evaluation(step, row))
 
     def save(self, step: int) -> None:
         """Write the one record from which the run goes on."""
         with self.phases("checkpoint"):
-            self.record |= {"step": step, "cursor": self.prompts.state(), "phases": dict(self.phases.total)}
-            self.store.save(step, self.state, self.record | {"seconds": self.elapsed()})
+            self.record |= {"step": step, "collector": self.collector.state(), "phases": dict(self.phases.total)}
+            self.learning.save(self.store, step, self.record | {"seconds": self.elapsed()})
 
     def finish(self) -> dict[str, Any]:
-        """Export, draw and sum up."""
+        """Export and sum up."""
         with self.phases("export"):
             self.store.wait()
-            save_hf(self.model, self.state.params, self.directory / "hf", source=self.source)
-            if not is_first():
-                return {}
-            draw_curves(read_json_lines(self.directory / rundir.METRICS), self.directory / "curves.png")
+            save_hf(self.model, self.learning.params, self.directory / "hf", source=self.source)
+        if not is_first():
+            return {}
         accuracy = self.record["accuracy"]
         summary = {
             "accuracy_first": accuracy[0] if accuracy else None,
             "accuracy_best": max(accuracy) if accuracy else None,
             "accuracy_last": accuracy[-1] if accuracy else None,
-            "steps": self.config.steps,
+            "steps": self.record["step"],
             "seconds": self.elapsed(),
             "seconds_by_phase": dict(self.phases.total),
             "compile_seconds": self.compiles.seconds,
@@ -377,9 +281,7 @@ class _Run:
             "versions": versions(),
         }
         rundir.write_json(self.directory / rundir.SUMMARY, summary)
-        if accuracy:
-            gain = f"held-out accuracy {accuracy[0]:.1%} -> {accuracy[-1]:.1%}, best {max(accuracy):.1%}"
-            print(f"{gain}; {self.config.steps} steps in {summary['seconds']:.0f} s; everything is in {self.directory}")
+        self.watchers.end(summary)
         return summary
 
     def close(self) -> None:
@@ -392,10 +294,36 @@ class _Run:
         """Seconds since the run began, those before a resume included."""
         return self.record["seconds"] + time.perf_counter() - self.begun
 
-    def say(self, line: str) -> None:
-        """Print a line, unless the run is quiet."""
-        if not self.config.log.quiet and is_first():
-            print(line, flush=True)
+
+def _agreed(decision: bool) -> bool:
+    return bool(from_first(np.asarray(decision)))
+
+
+def _check_positions(config: TrainConfig, model: Model, longest: int, prompt_len: int) -> None:
+    if prompt_len + config.rollout.max_new_tokens > model.spec.max_len:
+        raise ValueError(
+            f"rollout.max_new_tokens: got {config.rollout.max_new_tokens}, with prompts of up to {longest} tokens "
+            f"more than the {model.spec.max_len} positions the model was made for. Lower it, or data.max_prompt_len."
+        )
+
+
+def _prompts(
+    config: TrainConfig, tokenizer: Any, train: str | Path | Rows, held_out: str | Path | Rows | None
+) -> tuple[PromptStream, dict[str, PromptSet]]:
+    data = config.data
+    stream = PromptStream(
+        _rows(train, "train", config),
+        tokenizer,
+        seed=config.seed,
+        prompts_per_step=config.rollout.prompts_per_step,
+        max_prompt_len=data.max_prompt_len,
+        prompt_column=data.prompt_column,
+        shuffle=data.shuffle,
+    )
+    if held_out is None:
+        return stream, {}
+    rows = _rows(held_out, "eval", config)[: config.eval.prompts]
+    return stream, {"eval": PromptSet(rows, tokenizer, data.max_prompt_len, data.prompt_column)}
 
 
 def _configure_jax(config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ segment. ``mask`` is bool and means "trained"; it comes from lengths, never from
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -57,6 +57,16 @@ class Rollout:
         """Token ids that row ``row`` sampled, its stop token included."""
         start = int(self.prompt_len[row])
         return [int(t) for t in self.tokens[row, start : start + int(self.completion_len[row])]]
+
+    def take(self, rows: Any) -> "Rollout":
+        """The rows that a slice or an array of indices picks."""
+        return Rollout(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @staticmethod
+    def join(rollouts: "Sequence[Rollout]") -> "Rollout":
+        """Rollouts of one width, one behind the other."""
+        columns = ([getattr(rollout, field.name) for rollout in rollouts] for field in fields(Rollout))
+        return Rollout(*(np.concatenate(column) for column in columns))
 
     @property
     def completion_mask(self) -> np.ndarray:

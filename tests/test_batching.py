@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.batching import Layout, minibatches, pack, take
+from grpo_jax.batching import Layout, minibatches, pack
 from grpo_jax.types import Rollout
 
 KINDS = ("padded", "packed", "group")
@@ -90,7 +90,7 @@ def test_row_counts_are_few_known_and_divide():
 
 def test_minibatches_are_equal_and_keep_groups_whole():
     rollout = make_rollout([3] * 6, [2] * 24, 4)
-    parts = [take(rollout, rows) for rows in minibatches(rollout, 3)]
+    parts = [rollout.take(rows) for rows in minibatches(rollout, 3)]
     assert [len(p.tokens) for p in parts] == [8, 8, 8]
     np.testing.assert_array_equal(np.concatenate([p.tokens for p in parts]), rollout.tokens)
 

@@ -18,7 +18,8 @@ RANKS = [
     {"models"},
     {"rollout", "rewards", "data", "batching"},
     {"step", "checkpoint", "metrics", "preflight", "scoring", "rundir", "interrupt", "testing", "quickstart"},
-    {"callbacks", "collect"},
+    {"callbacks", "collect", "evaluator"},
+    {"learning"},
     {"trainer"},
     {"cli"},
 ]

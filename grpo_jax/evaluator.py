@@ -1,0 +1,70 @@
+"""Evaluation of a run on its held-out prompts: greedy accuracy, and avg@k and pass@k over samples."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.data import PromptSet
+from grpo_jax.evaluation import avg_at_k, pass_at_k
+from grpo_jax.rollout import Engine, Sampling
+from grpo_jax.scoring import Scorer
+from grpo_jax.types import Params, Prompt
+
+EVAL_ROUND = 2**32 - 1
+"""The round that addresses the uniforms of every evaluation, so that two of them differ by the parameters only."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Judges parameters on every held-out set.
+
+    Attributes:
+        held_out: the sets by name; the first is the one that accuracy without a name speaks of.
+        engine: what samples.
+        scorer: what judges; the first reward function says what is correct.
+        sampling: of the training; greedy but for the samples.
+        config: of the run.
+        warn: is told what goes wrong in the reward functions.
+    """
+
+    held_out: Mapping[str, PromptSet]
+    engine: Engine
+    scorer: Scorer
+    sampling: Sampling
+    config: TrainConfig
+    warn: Callable[[str], None]
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Figures by name: "eval/accuracy" and the like; with several sets "eval/<set>/accuracy" of each as well."""
+        out: dict[str, float] = {}
+        for name, prompts in self.held_out.items():
+            figures = self._figures(params, prompts.prompts)
+            if not out:
+                out |= {f"eval/{figure}": value for figure, value in figures.items()}
+            if len(self.held_out) > 1:
+                out |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
+        return out
+
+    def _figures(self, params: Params, prompts: list[Prompt]) -> dict[str, float]:
+        greedy = replace(self.sampling, temperature=0.0, top_k=None, top_p=None)
+        out = {"accuracy": float(self._correct(params, prompts, 1, greedy).mean())}
+        k = self.config.eval.samples
+        if k:
+            correct = self._correct(params, prompts, k, self.sampling).sum(1)
+            out["avg_at_k"] = float(np.mean(avg_at_k(k, correct)))
+            out["pass_at_k"] = float(np.mean(pass_at_k(k, correct, k)))
+        return out
+
+    def _correct(self, params: Params, prompts: list[Prompt], samples: int, sampling: Sampling) -> np.ndarray:
+        """[prompts, samples] bool: the first reward function is above the threshold."""
+        seed = self.config.seed
+        rollout = self.engine.generate(
+            params, prompts, num_samples=samples, sampling=sampling, seed=seed, step=EVAL_ROUND
+        )
+        answers = self.scorer.rewards(prompts, rollout)
+        for warning in answers.warnings:
+            self.warn(warning)
+        first = np.nan_to_num(answers.by_function[0])
+        return (first > self.config.eval.correct_above).reshape(len(prompts), samples)
