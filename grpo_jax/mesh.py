@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -99,6 +100,11 @@ def fetch(tree: Any) -> Any:
 def from_first(tree: Any) -> Any:
     """The first process's NumPy arrays on every host: what decides the control flow must be the same everywhere."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so on any process."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def is_first() -> bool:

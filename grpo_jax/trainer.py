@@ -18,8 +18,9 @@ from grpo_jax.collect import Collected, Collector
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet, PromptStream, load_rows, load_tokenizer, resolve_asset, stop_ids
 from grpo_jax.evaluator import Evaluator
+from grpo_jax.interrupt import Interrupt
 from grpo_jax.learning import Learning, layout_of
-from grpo_jax.mesh import from_first, initialize_distributed, is_first, make_mesh, wait_for_all
+from grpo_jax.mesh import anywhere, from_first, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,
     JsonLines,
@@ -211,14 +212,18 @@ class _Run:
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""
         start, config = self.record["step"], self.config
-        ended = start == 0 and self.evaluate(0)
-        for step in range(start, config.steps):
-            if ended:
-                break
-            begun = time.perf_counter()
-            batch = self.collector.next(self.learning.params, step)
-            figures = self.learning.train(batch)
-            ended = self.after(step + 1, batch, figures, time.perf_counter() - begun)
+        with Interrupt() as interrupt:
+            ended = start == 0 and self.evaluate(0)
+            for step in range(start, config.steps):
+                if ended:
+                    break
+                if anywhere(interrupt.requested):
+                    self.save(step)
+                    raise interrupt.ended(step, self.directory)
+                begun = time.perf_counter()
+                batch = self.collector.next(self.learning.params, step)
+                figures = self.learning.train(batch)
+                ended = self.after(step + 1, batch, figures, time.perf_counter() - begun)
         return self.finish()
 
     def after(self, step: int, batch: Collected, figures: dict[str, float], seconds: float) -> bool:
@@ -256,7 +261,9 @@ class _Run:
         return self.watchers.evaluation(Evaluation(step, row))
 
     def save(self, step: int) -> None:
-        """Write the one record from which the run goes on."""
+        """Write the one record from which the run goes on, unless it is there already."""
+        if step == self.record["step"]:
+            return
         with self.phases("checkpoint"):
             self.record |= {"step": step, "collector": self.collector.state(), "phases": dict(self.phases.total)}
             self.learning.save(self.store, step, self.record | {"seconds": self.elapsed()})
