@@ -166,6 +166,14 @@ def means(sums: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
     return out
 
 
+def prompt_text(prompt: Any) -> str:
+    """A prompt as one text: itself, or its messages, each behind its role."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [(m.get("role", ""), m.get("content", "")) for m in prompt]
+    return "\n".join(f"{role}: {text if isinstance(text, str) else json.dumps(text)}" for role, text in contents)
+
+
 class TokenTexts:
     """The text of each token of a completion, such that together they spell it, stop token included."""
 
@@ -218,10 +226,11 @@ def completion_rows(
         texts: gives the texts of tokens; None leaves tokens and their log-probabilities out.
     """
     samples = rollout.tokens.shape[0] // len(prompts)
-    kept = min(-(-most // samples), len(prompts)) * samples
+    counted = np.flatnonzero(scored.counted)
+    groups = counted[: -(-most // samples)]
     rewards = scored.reward.reshape(-1)
     rows = []
-    for n in range(kept):
+    for n in (int(q) * samples + g for q in groups for g in range(samples)):
         row = {
             "step": step,
             "group": n // samples,
@@ -234,7 +243,7 @@ def completion_rows(
             "finish": str(rollout.finish[n]),
             "length": int(rollout.completion_len[n]),
         }
-        extra = {name: _plain(values[n]) for name, values in getattr(scored, "extra", {}).items()}
+        extra = {name: _plain(values[n]) for name, values in scored.extra.items()}
         rows.append(row | ({"extra": extra} if extra else {}) | _tokens(rollout, n, texts))
     return rows
 

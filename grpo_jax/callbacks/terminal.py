@@ -1,50 +1,96 @@
-"""What a run prints."""
+"""What a run prints: a live display on a terminal, plain lines elsewhere, with log.quiet the result alone."""
 
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
+
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
+from grpo_jax.callbacks.live import Screen, duration, printable
 from grpo_jax.config import TrainConfig
 from grpo_jax.metrics import step_line
 
+PER_SECOND = 2
+"""How often the live display is drawn."""
+
 
 class Terminal(Callback):
-    """Plain lines; with log.quiet only warnings and the result."""
+    """Tells whoever started the run how it goes; warnings always, on the standard error."""
 
-    def __init__(self, config: TrainConfig):
-        """Print for a run of this config."""
-        self._config = config
+    def __init__(self, config: TrainConfig, console: Console | None = None):
+        """Print for a run of this config.
+
+        Args:
+            config: of the run.
+            console: where to; None is the standard output.
+        """
+        self._config, self._console = config, console or Console()
+        self._live: Live | None = None
+        self._screen: Screen | None = None
 
     def on_start(self, run: Run) -> None:
-        """The facts of the run."""
+        """The facts of the run; the live display begins below them."""
         self._directory = run.directory
+        self._say(f"run directory: {run.directory}")
         for fact in run.facts:
             self._say(fact)
+        if self._console.is_terminal and not self._console.is_dumb_terminal and not self._config.log.quiet:
+            self._screen = Screen(self._config, run)
+            # What others print meanwhile goes above the display; a standard error sent elsewhere stays there.
+            self._live = Live(
+                self._screen, console=self._console, refresh_per_second=PER_SECOND, redirect_stderr=sys.stderr.isatty()
+            )
+            self._live.start()
 
     def on_step(self, step: Step) -> None:
         """A line of key figures."""
-        self._say(step_line(self._config.steps, step.metrics))
+        if self._screen is not None:
+            self._screen.step(step)
+        else:
+            self._say(step_line(self._config.steps, step.metrics))
 
     def on_eval(self, evaluation: Evaluation) -> None:
         """A line of figures on the held-out prompts."""
-        k, row = self._config.eval.samples, evaluation.metrics
-        names = {"eval/accuracy": "greedy", "eval/avg_at_k": f"avg@{k}", "eval/pass_at_k": f"pass@{k}"}
-        shown = ", ".join(f"{n} {row[f]:.1%}" for f, n in names.items() if f in row)
-        self._say(f"held-out after step {evaluation.step}: {shown}")
+        if self._screen is not None:
+            self._screen.evaluation(evaluation)
+        self._say(evaluation_line(evaluation, self._config.eval.samples))
 
     def on_warning(self, text: str) -> None:
         """One line on the standard error."""
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """The result."""
+        """The result, in quiet runs too."""
+        self.close()
         first, last, best = (summary[f"accuracy_{which}"] for which in ("first", "last", "best"))
-        if first is not None:
-            gain = f"held-out accuracy {first:.1%} -> {last:.1%}, best {best:.1%}"
-            seconds = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
-            print(f"{gain}; {seconds}; everything is in {self._directory}")
+        gain = "" if first is None else f"held-out accuracy {first:.1%} -> {last:.1%}, best {best:.1%}; "
+        seconds = f"{summary['steps']} steps in {duration(summary['seconds'])}"
+        self._print(f"{gain}{seconds}; everything is in {self._directory}")
+
+    def close(self) -> None:
+        """Leave the display as it is."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def _say(self, line: str) -> None:
         if not self._config.log.quiet:
-            print(line, flush=True)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def evaluation_line(evaluation: Evaluation, k: int) -> str:
+    """An evaluation's figures in one line; ``k`` samples a prompt were drawn."""
+    titles = {"accuracy": "greedy", "avg_at_k": f"avg@{k}", "pass_at_k": f"pass@{k}"}
+    sets: dict[str, list[str]] = {}
+    for name, value in evaluation.metrics.items():
+        head, _, figure = name.rpartition("/")
+        if figure in titles and head.startswith("eval"):
+            sets.setdefault(head.removeprefix("eval").removeprefix("/"), []).append(f"{titles[figure]} {value:.1%}")
+    named = {name: figures for name, figures in sets.items() if name} or sets
+    shown = "; ".join(f"{name} {', '.join(figures)}".strip() for name, figures in named.items())
+    return f"held-out after step {evaluation.step}: {shown}"
