@@ -1,9 +1,11 @@
 """Plant one mistake at a time in a copy of grpo_jax/algo, run tests/algo against it and print which were caught.
 
-    python scripts/mutate.py                  # all of them, about a minute each
-    python scripts/mutate.py --only losses    # those whose file or name holds the word
+    python scripts/mutate.py                            # all of them, about a minute each
+    python scripts/mutate.py --only losses "geo_gate"   # those whose file or name holds one of the words
+    python scripts/mutate.py --near                     # by the tests of its own part alone
 
-A mutant that no test of its own part catches is tried against all of tests/algo before it counts as survived.
+Caught means: a test ran and failed, and passes again once the mistake is out. Tests that can't be collected, or that
+fail on the sound code too, end the run. What no test of its own part catches is tried against all of tests/algo.
 """
 
 import argparse
@@ -45,18 +47,20 @@ FIRST = {
 FIRST_OF_LOSS = ("test_properties_loss.py", "test_edges_loss.py", "test_reference_loss.py", "test_trl.py")
 
 
-def pytest(work: Path, tests: list[Path]) -> str | None:
+def pytest(work: Path, tests: list[str]) -> str | None:
     """Run tests against the package under `work`; return the first that failed, None if all passed."""
     environment = os.environ | {"PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
-    command += ["--durations=0", "--durations-min=1000", *map(str, tests)]
+    # Every program is kept, since a mutant changes few of them.
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(work / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", "-rf"]
+    command += ["--durations=0", "--durations-min=1000", *tests]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return None
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    if not failed:
+    failed = [line.removeprefix("FAILED ") for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    if done.returncode != 1 or not failed:
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return failed[0].removeprefix("tests/algo/")
+    return failed[0].split(" - ")[0]
 
 
 def prepare(work: Path) -> None:
@@ -72,21 +76,21 @@ def prepare(work: Path) -> None:
         raise RuntimeError(f"the copy is not what is imported: {found}")
 
 
-def try_mutant(mutant: Mutant, work: Path) -> str | None:
+def try_mutant(mutant: Mutant, work: Path, near_only: bool) -> str | None:
     """Plant the mistake, run the tests, take it out again; return the test that caught it."""
     path = work / "grpo_jax/algo" / mutant.file
     sound = path.read_text()
+    near = [f"tests/algo/{name}" for name in FIRST.get(mutant.file, FIRST_OF_LOSS)]
+    every = sorted(f"tests/algo/{test.name}" for test in (work / "tests/algo").glob("test_*.py"))
+    rest = [] if near_only else [test for test in every if test not in near]
     path.write_text(sound.replace(mutant.old, mutant.new))
     try:
-        every = sorted((work / "tests/algo").glob("test_*.py"))
-        near = [work / "tests/algo" / name for name in FIRST.get(mutant.file, FIRST_OF_LOSS)]
-        for tests in (near, [test for test in every if test not in near]):
-            caught = pytest(work, tests) if tests else None
-            if caught:
-                return caught
-        return None
+        caught = pytest(work, near) or (pytest(work, rest) if rest else None)
     finally:
         path.write_text(sound)
+    if caught and pytest(work, [caught]):
+        raise RuntimeError(f"{mutant.name}: {caught} fails without the mistake too")
+    return caught
 
 
 def read_table() -> list[Mutant]:
@@ -101,10 +105,11 @@ def read_table() -> list[Mutant]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a word in the file or the name")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="a word in the file or the name")
+    parser.add_argument("--near", action="store_true", help="only the tests of the mutant's own part")
     parser.add_argument("--check", action="store_true", help="only see that each mutant can still be planted")
     arguments = parser.parse_args()
-    mutants = [m for m in read_table() if arguments.only in m.file or arguments.only in m.name]
+    mutants = [m for m in read_table() if any(word in m.file or word in m.name for word in arguments.only)]
     if arguments.check:
         print(f"{len(mutants)} mutants can be planted")
         return 0
@@ -115,9 +120,9 @@ def main() -> int:
         print("| file | mutant | caught by | s |\n|---|---|---|---|")
         for mutant in mutants:
             start = time.monotonic()
-            caught = try_mutant(mutant, work)
+            caught = try_mutant(mutant, work, arguments.near)
             survived += caught is None
-            shown = f"`{caught}`" if caught else "**survived**"
+            shown = f"`{caught.removeprefix('tests/algo/')}`" if caught else "**survived**"
             print(f"| {mutant.file} | {mutant.name} | {shown} | {time.monotonic() - start:.0f} |", flush=True)
     print(f"\n{len(mutants) - survived} of {len(mutants)} caught.")
     return 1 if survived else 0

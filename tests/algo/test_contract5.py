@@ -252,6 +252,30 @@ def test_denominators_do_not_depend_on_the_layout(name):
                 jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=field), g, e)  # noqa: B023
 
 
+def test_the_value_loss_is_one_however_it_is_cut():
+    """Five rows at once, and as microbatches of two rows, one of them all masked, in another order."""
+    rng = np.random.default_rng(7)
+    values, old, returns = rng.normal(size=(3, 5, LONGEST))
+    mask = rng.random((5, LONGEST)) < 0.6
+    mask[3] = False
+
+    def step(rows, counts=None):
+        main = [jnp.asarray(x[rows]) for x in (old, returns, mask)]
+        function = lambda v: algo.value_loss(v, *main, clip=0.2, denominators=counts)  # noqa: E731
+        (value, metrics), grad = jax.value_and_grad(function, has_aux=True)(jnp.asarray(values[rows]))
+        return float(value), np.asarray(grad), _numbers(metrics)
+
+    with x64():
+        value, grad, metrics = step(np.arange(5))
+        counts = algo.denominators(algo.LossConfig(), jnp.asarray(mask))
+        parts = [step(np.array(rows), counts) for rows in ([4, 0], [3], [2, 1])]
+    np.testing.assert_allclose(sum(p[0] for p in parts), value, rtol=1e-12)
+    np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), grad[[4, 0, 3, 2, 1]], rtol=1e-12)
+    assert value > 0 and (parts[1][1] == 0).all()
+    for name, pair in metrics.items():
+        np.testing.assert_allclose(np.sum([p[2][name] for p in parts], axis=0), pair, rtol=1e-12, err_msg=name)
+
+
 @every_config
 def test_eight_devices_are_one(name):
     """Rows spread over eight devices, two on each; only sums travel between them."""

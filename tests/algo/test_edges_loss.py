@@ -11,7 +11,7 @@ import pytest
 from grpo_jax import algo
 
 from .cases import assert_close, make_step, x64
-from .test_contract5 import CONFIGS, loss_and_gradient
+from .test_contract5 import CONFIGS, count_step, loss_and_gradient
 from .test_reference_loss import DRAWS, slow_step
 
 INPUTS = ("logp", "old_logp", "advantages", "ref_logp", "sampler_logp", "entropy")
@@ -59,6 +59,19 @@ def test_nothing_trained_is_exactly_nothing(name, packed):
     spoiled = step.map(lambda x: np.full_like(x, np.nan) if x.dtype == np.float64 else x)
     for out in evaluate(CONFIGS[name], arrays_of(spoiled)):
         assert (out == 0).all()
+
+
+@pytest.mark.parametrize("name", ["sequence level with everything", "clip_cov", "kl_cov", "entropy_top"])
+def test_padding_is_not_trained_whatever_the_mask_says(name):
+    """A packed row's padding, segment 0, under a mask that is True there: the same as under one that is not."""
+    config, step = CONFIGS[name], make_step(4, (5, 7), packed=True)
+    padding = step.segments == 0
+    assert padding.any() and not step.mask[padding].any()
+    wide = dataclasses.replace(step, mask=step.mask | padding)
+    for g, e in zip(evaluate(config, arrays_of(wide)), evaluate(config, arrays_of(step)), strict=True):
+        np.testing.assert_array_equal(g, e)
+    counted = [count_step(config, arrays_of(each)) for each in (wide, step)]
+    assert jax.tree.map(float, counted[0]) == jax.tree.map(float, counted[1])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1)])
@@ -196,6 +209,13 @@ def test_default_bounds_of_the_corrections(over, weight):
     for ratio, expected in weight.items():
         value, slope = one_token(config, 0.0, 1.0, sampler_logp=-math.log(ratio))
         assert (value, slope) == pytest.approx((-expected, -expected), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("correction", algo.CORRECTIONS)
+def test_a_weight_at_its_bound_is_kept(correction):
+    """A sampler that is the old policy has weight 1 exactly, which both bounds may be."""
+    config = algo.LossConfig(correction=correction, correction_low=1.0, correction_high=1.0, veto=1.0)
+    assert one_token(config, 0.0, 1.0, sampler_logp=0.0) == (-1.0, -1.0)
 
 
 @pytest.mark.parametrize(("sampler", "kept"), [(0.5, False), (0.4, True)])

@@ -189,6 +189,13 @@ def test_whitening_by_tokens(seed, kind, ddof):
         assert_close(advantages(name, rewards, **options), expected, FLOAT64)
 
 
+def test_clip_symmetric():
+    x = np.array([-1e30, -2.0, -0.5, 0.0, 0.3, 0.5, 7.0, 1e30])
+    for limit in (0.5, 2.0):
+        assert_close(algo.clip_symmetric(jnp.asarray(x), limit), [min(max(v, -limit), limit) for v in x], FLOAT32)
+    np.testing.assert_array_equal(algo.clip_symmetric(jnp.asarray(x), None), x.astype(np.float32))
+
+
 @pytest.mark.parametrize(("longest", "buffer", "factor"), [(20, None, 1.0), (17, 5, 0.5), (7, 7, 2.0), (16, 0.5, 1.0)])
 def test_soft_overlong(longest, buffer, factor):
     lengths = np.arange(0, longest + 4)

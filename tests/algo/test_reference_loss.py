@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax import algo
+from grpo_jax.algo.refusals import RATIO_LEVELS
 
 from . import reference_loss as slow_loss
 from .cases import BFLOAT16, FLOAT32, FLOAT64, SHAPES, assert_close, few, make_step, steps, x64
 
+COMBINATIONS = [(surrogate, level) for surrogate, levels in RATIO_LEVELS.items() for level in levels]
 SHARES = (0.0371, 0.2719, 0.6173)
 """Shares whose quantile never falls on a token, where rounding would decide; test_edges.py has those that do."""
 
@@ -129,7 +131,30 @@ def test_every_name_of_the_loss_has_a_reference():
     assert set(algo.AGGREGATIONS) == {"token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"}
 
 
-@few(200)
+BOUNDS = dict(correction_low=0.5, correction_high=1.5)
+ROWS = {
+    **{f"{name} {level}": dict(surrogate=name, ratio_level=level) for name, level in COMBINATIONS},
+    **{name: dict(correction=name, **BOUNDS) for name in algo.CORRECTIONS},
+    **{f"vespo {name}": dict(surrogate="vespo", correction=name, **BOUNDS) for name in ("tis", "icepop")},
+    **{name: dict(kl_estimator=name, kl_coef=0.1) for name in algo.KL_ESTIMATORS},
+    **{name: dict(aggregation=name, entropy_coef=0.01) for name in algo.AGGREGATIONS},
+    "veto": dict(veto=0.8),
+    "off_policy_threshold": dict(off_policy_threshold=0.0123),
+    "entropy_top": dict(entropy_top=SHARES[1]),
+    "delta": dict(delta=1.25),
+    "dual_clip": dict(dual_clip=1.1),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_tables(name, packed):
+    """Each alone, on a step with several tokens to a sequence."""
+    over = dict(max_completion_len=13, clip_cov_low=-0.2, clip_cov_high=0.3, clip_cov_share=0.3, kl_cov_share=0.3)
+    compare(make_step(4, (5, 7), packed=packed), algo.LossConfig(**over | ROWS[name]))
+
+
+@few(120)
 @given(config=configs(), options=steps())
 def test_policy_loss(config, options):
     compare(make_step(**options), config)

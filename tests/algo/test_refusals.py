@@ -1,6 +1,7 @@
 """What means nothing is refused, with the reason; MATH.md section 7 lists it."""
 
 import dataclasses
+import inspect
 import math
 import subprocess
 import sys
@@ -157,6 +158,34 @@ def test_presets_by_name():
         algo.LossConfig.preset("dapi")
     with pytest.raises(ValueError, match="no such field.*clip_high"):
         algo.LossConfig.preset("dapo", epsilon_high=0.3)
+
+
+SIGNATURES = {
+    "group_advantages": "rewards * estimator valid lengths greedy k weights ddof eps",
+    "policy_loss": "logp old_logp advantages mask config * ref_logp sampler_logp entropy segments denominators key",
+    "denominators": "config mask segments sequences",
+}
+"""What others call these functions with; what comes after is optional."""
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_what_others_call_keeps_its_arguments(name):
+    parameters = inspect.signature(getattr(algo, name)).parameters
+    names = list(parameters)
+    before, _, after = (part.split() for part in SIGNATURES[name].partition("*"))
+    assert names[: len(before)] == before and names[len(before) :][: len(after)] == after
+    assert all(parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in after)
+    rest = names[len(before) + len(after) :]
+    assert all(parameters[n].default is not inspect.Parameter.empty for n in rest)
+
+
+def test_the_fields_of_a_loss():
+    assert " ".join(f.name for f in dataclasses.fields(algo.LossConfig)) == (
+        "surrogate ratio_level clip_low clip_high delta dual_clip sapo_tau_pos sapo_tau_neg vespo_k_pos"
+        " vespo_lambda_pos vespo_k_neg vespo_lambda_neg clip_cov_share clip_cov_low clip_cov_high kl_cov_share"
+        " kl_cov_coef kl_coef kl_estimator kl_in_reward aggregation max_completion_len correction correction_low"
+        " correction_high veto off_policy_threshold entropy_top entropy_coef"
+    )
 
 
 @pytest.mark.parametrize("record", [algo.LossConfig, algo.Recipe])

@@ -55,6 +55,16 @@ def values(values, old_values, returns):
     return jax.value_and_grad(lambda v: algo.value_loss(v, old_values, returns, MASK), has_aux=True)(values)
 
 
+def estimators(x, log_ratio):
+    """Every KL estimator with its gradient."""
+
+    def total(x, name):
+        kl = algo.KL_ESTIMATORS[name](x, jnp.exp(log_ratio))
+        return jnp.sum(kl), kl
+
+    return {name: jax.grad(total, has_aux=True)(x, name) for name in algo.KL_ESTIMATORS}
+
+
 def estimator(name):
     def call(rewards, lengths):
         options = {"k": 2, "greedy": jnp.zeros(Q), "lengths": lengths}
@@ -93,6 +103,7 @@ CASES |= {
     "whiten": (lambda x: algo.whiten(x, MASK), ("logp",)),
     "clip_symmetric": (lambda x: algo.clip_symmetric(x, 0.3), ("rewards",)),
     "kl_in_reward": (lambda r, x, y: algo.kl_in_reward(r, x, y, MASK, 0.1), ("rewards", "logp", "logp")),
+    "KL estimators": (estimators, ("logp", "logp")),
     "gae": (lambda r, v: algo.gae(r, v, MASK), ("row_rewards", "logp")),
     "value_loss": (values, ("logp", "logp", "logp")),
     "denominators": (lambda x: algo.denominators(algo.LossConfig(), x < -0.5, SEGMENTS), ("logp",)),
