@@ -243,9 +243,15 @@ class LogConfig(Section):
     """What is written while the run goes on."""
 
     completions: int = Field(default=32, ge=0)
-    """Completions of each step written to completions.jsonl."""
+    """Completions of each step written to completions.jsonl, rounded up to whole groups."""
     quiet: bool = False
     """Print only warnings and the result."""
+    report: bool = True
+    """Write report.html while the run goes on: curves, and a browser of completions."""
+    tensorboard: bool = False
+    """Write every figure for TensorBoard, in tensorboard/ of the run's directory; needs the extra tensorboard."""
+    wandb: str | None = None
+    """Weights & Biases project that gets every figure; needs the extra wandb, obeys WANDB_MODE. none: not used."""
 
 
 class TrainConfig(Section):
