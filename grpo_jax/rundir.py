@@ -10,10 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import TrainConfig
+from grpo_jax.config import LogConfig, TrainConfig
 
 CONFIG, SUMMARY, METRICS, COMPLETIONS = "config.toml", "summary.json", "metrics.jsonl", "completions.jsonl"
-MAY_DIFFER = frozenset({"output_dir", "compilation_cache", "log.quiet", "mesh.coordinator", "mesh.process_id"})
+MAY_DIFFER = frozenset(
+    {"output_dir", "compilation_cache", "mesh.coordinator", "mesh.process_id"}
+    | {f"log.{name}" for name in LogConfig.model_fields}
+)
 """Fields that change nothing a run computes, so that it may go on with others."""
 
 
