@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_jax.algo import logprobs as logprobs
     from grpo_jax.algo.advantages import ADVANTAGES as ADVANTAGES
+    from grpo_jax.algo.advantages import Options as Options
     from grpo_jax.algo.advantages import group_advantages as group_advantages
     from grpo_jax.algo.advantages import has_spread as has_spread
     from grpo_jax.algo.advantages import whiten as whiten
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from grpo_jax.algo.kl import KL_ESTIMATORS as KL_ESTIMATORS
     from grpo_jax.algo.logprobs import logprobs_and_entropy as logprobs_and_entropy
     from grpo_jax.algo.losses import SURROGATES as SURROGATES
+    from grpo_jax.algo.losses import Inputs as Inputs
     from grpo_jax.algo.policy import policy_loss as policy_loss
     from grpo_jax.algo.ratios import CORRECTIONS as CORRECTIONS
     from grpo_jax.algo.shaping import clip_symmetric as clip_symmetric
@@ -34,21 +36,23 @@ if TYPE_CHECKING:
     from grpo_jax.algo.spec import PRESETS as PRESETS
     from grpo_jax.algo.spec import LossConfig as LossConfig
     from grpo_jax.algo.spec import Recipe as Recipe
+    from grpo_jax.algo.statistics import Choice as Choice
     from grpo_jax.algo.statistics import Denominators as Denominators
+    from grpo_jax.algo.statistics import choose as choose
     from grpo_jax.algo.statistics import denominators as denominators
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "advantages": ("ADVANTAGES", "group_advantages", "has_spread", "whiten"),
+    "advantages": ("ADVANTAGES", "Options", "group_advantages", "has_spread", "whiten"),
     "aggregate": ("AGGREGATIONS",),
     "controllers": ("EntropyController", "adaptive_entropy", "adaptive_kl", "follow_reference"),
     "critic": ("gae", "value_loss"),
     "kl": ("KL_ESTIMATORS",),
-    "losses": ("SURROGATES",),
+    "losses": ("SURROGATES", "Inputs"),
     "logprobs": ("logprobs_and_entropy",),
     "policy": ("policy_loss",),
     "ratios": ("CORRECTIONS",),
     "shaping": ("clip_symmetric", "combine_rewards", "kl_in_reward", "overlong_filter", "soft_overlong"),
-    "statistics": ("Denominators", "denominators"),
+    "statistics": ("Choice", "Denominators", "choose", "denominators"),
     "spec": ("PRESETS", "LossConfig", "Recipe"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -237,7 +237,7 @@ def gdpo(rewards: Array, valid: Array, options: Options) -> Array:
 def group_advantages(
     rewards: Array,
     *,
-    estimator: Estimator = "grpo",
+    estimator: Estimator | Callable[[Array, Array, Options], Array] = "grpo",
     valid: Array | None = None,
     lengths: Array | None = None,
     greedy: Array | None = None,
@@ -250,7 +250,8 @@ def group_advantages(
 
     Args:
       rewards: [Q, G] float, after weighting; for gdpo [F, Q, G], one per reward function. NaN: not scored.
-      estimator: a key of `ADVANTAGES`.
+      estimator: a key of `ADVANTAGES`, or a function of the same signature: rewards [Q, G] with 0 for what was not
+        scored, scored [Q, G] and `Options` to advantages [Q, G], pure and traceable.
       valid: [Q, G] bool, the samples there are, for ragged groups (gdpo: or [F, Q, G]); None: all.
       lengths: [Q, G] completion tokens with the stop token, before any filter. Needed by opo and by weights="tokens".
       greedy: [Q] reward of each prompt's greedy completion, NaN for none. Needed by remax.
@@ -270,7 +271,8 @@ def group_advantages(
         raise refuse(
             "estimator='gae'", "it is made of a critic's values, token by token", "Call algo.gae with values [N, T]"
         )
-    check_name("estimator", estimator, Estimator)
+    if isinstance(estimator, str):
+        check_name("estimator", estimator, Estimator)
     if ddof not in (0, 1):
         raise refuse(f"ddof={ddof!r}", "a standard deviation takes 0 or 1 from the count", "Use 1 or 0")
     if isinstance(weights, str) and weights != "tokens":
@@ -278,7 +280,7 @@ def group_advantages(
     chex.assert_rank(rewards, 3 if estimator == "gdpo" else 2)
     rewards, scored = _scored(rewards, valid)
     options = Options(lengths, greedy, k, weights, ddof, eps)
-    advantages = ADVANTAGES[estimator](rewards, scored, options)
+    advantages = (ADVANTAGES[estimator] if isinstance(estimator, str) else estimator)(rewards, scored, options)
     limit = jnp.finfo(advantages.dtype).max
     return keep(jnp.any(scored, axis=0) if scored.ndim == 3 else scored, jnp.clip(advantages, -limit, limit))
 

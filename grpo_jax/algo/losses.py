@@ -173,3 +173,11 @@ SURROGATES: dict[str, Callable[[Inputs, LossConfig], Term]] = {
     "dppo": dppo,
 }
 """Surrogates by name; the keys are those of `spec.Surrogate`."""
+
+
+def surrogate_of(config: LossConfig) -> Callable[[Inputs, LossConfig], Term]:
+    """Return the config's surrogate: a row of the table, or the user's own function with no clip to report."""
+    own = config.surrogate
+    if isinstance(own, str):
+        return SURROGATES[own]
+    return lambda inputs, config: _unclipped(own(inputs, config))

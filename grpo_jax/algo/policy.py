@@ -11,11 +11,11 @@ from grpo_jax.algo import statistics
 from grpo_jax.algo.aggregate import AGGREGATIONS, Step, masked_sum, token_mean
 from grpo_jax.algo.arrays import as_float, fixed, keep
 from grpo_jax.algo.kl import KL_ESTIMATORS
-from grpo_jax.algo.losses import SURROGATES, Inputs
+from grpo_jax.algo.losses import Inputs, surrogate_of
 from grpo_jax.algo.ratios import RATIOS, Tokens, not_off_policy, not_vetoed, sampler_weight
 from grpo_jax.algo.refusals import refuse
 from grpo_jax.algo.spec import LossConfig
-from grpo_jax.algo.statistics import Denominators, Identity
+from grpo_jax.algo.statistics import Choice, Denominators, Identity
 
 Metrics = dict[str, tuple[Array, Array]]
 """(sum, count) by name: both add over microbatches and hosts, and their quotient is the step's value."""
@@ -38,6 +38,7 @@ def policy_loss(
     positions: Array | None = None,
     kl_coef: Array | float | None = None,
     entropy_coef: Array | float | None = None,
+    choice: Choice | None = None,
 ) -> tuple[Array, Metrics]:
     """Return the loss to minimise and its metrics.
 
@@ -52,11 +53,13 @@ def policy_loss(
       entropy: [N, T] nat, needed by entropy_coef and entropy_top; the bonus' gradient flows through it.
       segments: [N, T] int, 0 for padding, for rows that hold several sequences; None: a row is a sequence.
       denominators: of the whole optimizer step, from `denominators`; None: these arguments are the whole step.
-      key: of the optimizer step; needed by clip_cov.
+      key: of the optimizer step; needed by clip_cov without a choice.
       row_ids: [N] or [N, T] int, ids of completions, by which clip_cov draws and kl_cov breaks ties; None: the rows.
       positions: [N, T] int, each token's place in its sequence, likewise; None: the columns.
       kl_coef: in place of the config's, for a coefficient that changes from step to step.
       entropy_coef: in place of the config's, likewise.
+      choice: what clip_cov, kl_cov and entropy_top pick in the whole step, from `choose`; None: picked here, by the
+        statistics in `denominators` or from these arguments.
 
     Returns:
       (loss, metrics): a scalar, float32 (float64 for float64 inputs), and (sum, count) pairs. Losses of microbatches
@@ -70,11 +73,13 @@ def policy_loss(
     ref_logp, sampler_logp, entropy = (_trained(x, tokens) for x in (ref_logp, sampler_logp, entropy))
     who = statistics.identity(tokens.mask.shape, row_ids, positions, key)
     counts = statistics.count(mask, segments) if denominators is None else denominators
-    counts = _with_statistics(config, tokens, counts, entropy, who)
+    if choice is None:
+        counts = _with_statistics(config, tokens, counts, entropy, who)
+        choice = _choice(config, tokens, counts, entropy, who)
     step = Step(tokens.sequences, counts.tokens, counts.sequences, config.max_completion_len)
 
     aggregate = AGGREGATIONS[config.aggregation]
-    term, metrics = _policy_term(config, tokens, counts, who, sampler_logp, entropy)
+    term, metrics = _policy_term(config, tokens, choice, sampler_logp)
     loss = policy = _quotient(aggregate(term, step))
     trained = jnp.sum(tokens.mask).astype(loss.dtype)
     if ref_logp is not None:
@@ -99,17 +104,14 @@ def policy_loss(
 def _policy_term(
     config: LossConfig,
     tokens: Tokens,
-    counts: Denominators,
-    who: Identity,
+    choice: Choice,
     sampler_logp: Array | None,
-    entropy: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
     """Return the surrogate [N, T], corrected and with what is rejected at 0, and sums for the metrics."""
     mask = tokens.mask
     ratio = RATIOS[config.ratio_level](tokens)
     weight = None if sampler_logp is None else sampler_weight(tokens, sampler_logp, config)
-    chosen = statistics.chosen(config, tokens, counts, who)
-    term = SURROGATES[config.surrogate](Inputs(tokens, ratio, weight, chosen), config)
+    term = surrogate_of(config)(Inputs(tokens, ratio, weight, choice.picked), config)
     loss, kept = term.loss, jnp.ones(mask.shape, bool)
     metrics = {
         "ratio": masked_sum(jnp.broadcast_to(ratio, mask.shape), mask),
@@ -128,8 +130,8 @@ def _policy_term(
     if config.off_policy_threshold is not None:
         kept &= not_off_policy(tokens, sampler_logp, config.off_policy_threshold)
     metrics["rejected"] = jnp.sum(mask & ~kept)
-    if config.entropy_top < 1 and entropy is not None and counts.entropy_threshold is not None:
-        kept &= fixed(entropy) >= counts.entropy_threshold
+    if choice.kept is not None:
+        kept &= choice.kept
     return keep(kept, loss), metrics
 
 
@@ -143,6 +145,13 @@ def _with_statistics(
     if config.surrogate in ("clip_cov", "kl_cov"):
         counts = statistics.covariance_statistics(config, tokens, counts, who)
     return counts
+
+
+def _choice(config: LossConfig, tokens: Tokens, counts: Denominators, entropy: Array | None, who: Identity) -> Choice:
+    """Return what the statistics pick among the tokens at hand."""
+    threshold = counts.entropy_threshold
+    kept = None if entropy is None or threshold is None else fixed(entropy) >= threshold
+    return Choice(statistics.chosen(config, tokens, counts, who), kept if config.entropy_top < 1 else None)
 
 
 def _trained(x: Array | None, tokens: Tokens) -> Array | None:

@@ -22,6 +22,17 @@ RATIO_LEVELS: dict[str, tuple[str, ...]] = {
 }
 """The ratio levels a surrogate is defined for (MATH.md section 3)."""
 
+CORRECTION_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "tis": (None, 2.0),
+    "icepop": (0.5, 5.0),
+    "seq_tis": (None, 3.0),
+    "seq_mask": (None, 3.0),
+    "geo_tis": (None, None),
+    "geo_mask": (None, None),
+    "geo_gate": (0.999, 1.002),
+}
+"""Default (low, high) of a correction's weight, None for no bound (MATH.md section 2)."""
+
 _LEVEL_REASONS: dict[str, str] = {
     "reinforce": "it holds no ratio",
     "cispo": "its weight is already a constant beside log pi, so sequence_token would be sequence again",
@@ -63,7 +74,7 @@ def check_number(
 
 def check_levels(config: LossConfig) -> None:
     """Refuse a ratio level the surrogate has no meaning for, and a KL in both places."""
-    if config.ratio_level not in RATIO_LEVELS[config.surrogate]:
+    if isinstance(config.surrogate, str) and config.ratio_level not in RATIO_LEVELS[config.surrogate]:
         raise refuse(
             f"surrogate={config.surrogate!r} with ratio_level={config.ratio_level!r}",
             _LEVEL_REASONS[config.surrogate],

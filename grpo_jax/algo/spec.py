@@ -8,10 +8,12 @@ Each field carries its documentation in `metadata["doc"]`, from which the comman
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from grpo_jax.algo.refusals import (
+    CORRECTION_BOUNDS,
     check_clips,
     check_correction,
     check_levels,
@@ -69,16 +71,6 @@ Preset = Literal[
     "gdpo",
 ]
 
-_CORRECTION_DEFAULTS: dict[str, tuple[float | None, float | None]] = {
-    "tis": (None, 2.0),
-    "icepop": (0.5, 5.0),
-    "seq_tis": (None, 3.0),
-    "seq_mask": (None, 3.0),
-    "geo_tis": (None, None),
-    "geo_mask": (None, None),
-    "geo_gate": (0.999, 1.002),
-}
-
 
 def _field(default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc})
@@ -92,8 +84,10 @@ class LossConfig:
       ValueError: for a name that does not exist, a number out of range, or a combination that means nothing.
     """
 
-    surrogate: Surrogate = _field(
-        "ppo_clip", "Per-token surrogate of the policy term; MATH.md section 3 gives the formulas."
+    surrogate: Surrogate | Callable[..., Any] = _field(
+        "ppo_clip",
+        "Per-token surrogate of the policy term; MATH.md section 3 gives the formulas. Or a function of your own, "
+        "f(algo.Inputs, LossConfig) -> loss [N, T] to minimise, pure and traceable.",
     )
     ratio_level: RatioLevel = _field(
         "token",
@@ -186,7 +180,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        check_name("surrogate", self.surrogate, Surrogate)
+        if not callable(self.surrogate):
+            check_name("surrogate", self.surrogate, Surrogate)
         check_name("ratio_level", self.ratio_level, RatioLevel)
         check_name("kl_estimator", self.kl_estimator, KLEstimator)
         check_name("aggregation", self.aggregation, Aggregation)
@@ -222,9 +217,14 @@ class LossConfig:
         return self.kl_coef != 0 and not self.kl_in_reward
 
     @property
+    def chooses(self) -> bool:
+        """Whether some tokens are picked by a statistic of the whole optimizer step (contract 5)."""
+        return self.surrogate in ("clip_cov", "kl_cov") or self.entropy_top < 1
+
+    @property
     def correction_bounds(self) -> tuple[float | None, float | None]:
         """The bounds (low, high) that the correction uses, its defaults filled in; None is no bound."""
-        low, high = _CORRECTION_DEFAULTS.get(self.correction or "", (None, None))
+        low, high = CORRECTION_BOUNDS.get(self.correction or "", (None, None))
         return (
             low if self.correction_low is None else self.correction_low,
             high if self.correction_high is None else self.correction_high,

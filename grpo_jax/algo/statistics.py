@@ -41,6 +41,21 @@ class Denominators(NamedTuple):
     clip_cov_cut: Array | None = None
 
 
+class Choice(NamedTuple):
+    """The tokens that a statistic of the step picks, [N, T] bool each; None where the config asks for none.
+
+    Made once, over the whole step, and cut into microbatches like the batch: a threshold compared again with values
+    of another compiled pass could fall on the other side of a token.
+
+    Attributes:
+      picked: left out by clip_cov, or penalised by kl_cov.
+      kept: of entropy high enough to keep the policy term (entropy_top).
+    """
+
+    picked: Array | None = None
+    kept: Array | None = None
+
+
 class Identity(NamedTuple):
     """Who a token is, whatever row and column it lies in: [N, T] ints each, and the key of its draw.
 
@@ -141,6 +156,47 @@ def denominators(
         tokens = prepare(logp, old_logp, advantages, mask, segments)
         counts = covariance_statistics(config, tokens, counts, identity(mask.shape, row_ids, positions, key))
     return jax.tree.map(fixed, counts)
+
+
+def choose(
+    config: LossConfig,
+    mask: Array,
+    segments: Array | None = None,
+    *,
+    logp: Array,
+    old_logp: Array | None = None,
+    advantages: Array,
+    entropy: Array | None = None,
+    key: Array | None = None,
+    row_ids: Array | None = None,
+    positions: Array | None = None,
+) -> Choice:
+    """Return the tokens that clip_cov, kl_cov and entropy_top pick among all tokens of an optimizer step.
+
+    Args:
+      config: the loss.
+      mask: [N, T] bool, all trained tokens of the step.
+      segments: [N, T] int, 0 for padding; None: a row is a sequence.
+      logp: [N, T], of the weights that are about to be updated.
+      old_logp: [N, T]; None: logp.
+      advantages: [N] or [N, T].
+      entropy: [N, T], needed for entropy_top.
+      key: for clip_cov.
+      row_ids: [N] or [N, T] int, as in `policy_loss`.
+      positions: [N, T] int, as in `policy_loss`.
+
+    Returns:
+      A `Choice`, its arrays [N, T], to be handed to `policy_loss` with each microbatch.
+    """
+    arrays = {"logp": logp, "old_logp": old_logp, "advantages": advantages, "entropy": entropy}
+    who = identity(mask.shape, row_ids, positions, key)
+    step = denominators(config, mask, segments, **arrays, key=key, row_ids=row_ids, positions=positions)
+    picked = chosen(config, prepare(logp, old_logp, advantages, mask, segments), step, who)
+    kept = None
+    if step.entropy_threshold is not None:
+        assert entropy is not None
+        kept = keep(_trained(mask, segments), as_float(entropy)) >= step.entropy_threshold
+    return Choice(picked, kept)
 
 
 def count(mask: Array, segments: Array | None, sequences: Array | int | None = None) -> Denominators:
