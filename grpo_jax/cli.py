@@ -2,16 +2,26 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
-import tyro
-from pydantic import ValidationError
-
+from grpo_jax.arguments import Command, merge, read_command, show_help
 from grpo_jax.config import TrainConfig, read_toml
+from grpo_jax.interrupt import Interrupted, command_to_go_on
 
 USAGE = """Train a language model with group-relative policy optimization.
 
-train.py [CONFIG.toml] [--dotted.field value ...]; without a config it runs the quickstart the package ships."""
+  train.py [CONFIG.toml] [--dotted.field value ...]
+
+Without a config it runs the quickstart the package ships. Values are written
+as in TOML, without quotes: "none" is no value, a list is several words, and a
+field that takes a TABLE can be set key by key (--data.eval.NAME FILE). In
+brackets: the value that holds when the field is not given.
+
+  --help [TABLE ...]  show all fields, or those of some tables (--help optim);
+                      with a config, the values it gives
+  --debug             show the traceback of an error
+  --quiet             the same as --log.quiet"""
 
 QUICKSTART = Path(__file__).parent / "quickstart" / "quickstart.toml"
 """What runs when no config is given."""
@@ -21,73 +31,72 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str]:
     """Arguments -> the run's config and the name its directory is called after.
 
     Raises:
-        ValueError: no such file, or an illegal value, by its dotted path.
-        SystemExit: after --help, or when an option does not parse; what was wrong is printed.
+        ValueError: no such file, or an illegal value, by its dotted path; a line for each.
     """
-    arguments = [{"none": "None", "true": "True", "false": "False"}.get(a, a) for a in arguments]
-    given = arguments and not arguments[0].startswith("-")
-    file = Path(arguments.pop(0)) if given else QUICKSTART
-    tables, name = read_toml(file), file.stem
-    preset = _option(arguments, "--algorithm.preset")
-    if preset is not None:
-        # The preset decides what the other fields of its table default to, so it is read before they are.
-        tables["algorithm"] = tables.get("algorithm", {}) | {"preset": preset}
-    try:
-        default = TrainConfig.from_tables(tables)
-        config = tyro.cli(
-            TrainConfig,
-            default=default,
-            args=arguments,
-            description=USAGE,
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-        )
-    except ValidationError as error:
-        raise ValueError(describe(error)) from error
-    return config, name
-
-
-def describe(error: ValidationError) -> str:
-    """One line a wrong field: its dotted path, what was got, why it cannot be."""
-    lines = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        known = "" if item["type"] != "extra_forbidden" else "; --help lists the fields"
-        got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-        lines.append(f"{path}: {message}{got}{known}" if path else message)
-    return "\n".join(lines)
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(name + "="):
-            return argument.partition("=")[2]
-    return None
+    return _resolve(read_command(arguments, TrainConfig))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    """Run the command; the exit status: 0 done, 1 failed, 2 wrong usage, 128 and the signal's number interrupted."""
+    command = list(sys.argv if arguments is None else ["train.py", *arguments])
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would regret the absence of PyTorch
     try:
-        config, name = parse(arguments)
-        if config.deterministic:
-            flags = os.environ.get("XLA_FLAGS", "")
-            os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-        from grpo_jax.trainer import Trainer
-
-        Trainer(config=config, name=name).train()
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        asked = read_command(command[1:], TrainConfig)
+        if asked.help:
+            return _help(asked)
+        _train(*_resolve(asked))
+    except Interrupted as stopped:
+        _say(f"{stopped.summary}; to go on:\n  {command_to_go_on(command, stopped.directory)}")
+        return stopped.status
     except KeyboardInterrupt:
-        print("interrupted; the same command with --output_dir goes on from the last checkpoint", file=sys.stderr)
+        _say(
+            "interrupted at once; the same command with --output_dir goes on from the last checkpoint, if there is one"
+        )
         return 130
+    except Exception as error:
+        if "--debug" in command:
+            traceback.print_exc()
+        for line in _lines(error):
+            _say(f"error: {line}")
+        return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _resolve(asked: Command) -> tuple[TrainConfig, str]:
+    file = QUICKSTART if asked.file is None else Path(asked.file)
+    return TrainConfig.from_tables(merge(read_toml(file), asked.tables)), file.stem
+
+
+def _help(asked: Command) -> int:
+    from rich.console import Console
+
+    show_help(Console(), USAGE, _resolve(asked)[0] if asked.file else TrainConfig(), asked.topics)
+    return 0
+
+
+def _train(config: TrainConfig, name: str) -> None:
+    if config.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    from grpo_jax.trainer import Trainer
+
+    Trainer(config=config, name=name).train()
+
+
+def _lines(error: Exception) -> list[str]:
+    """The lines for an error; one nobody foresaw is ours, and says where it came from."""
+    if isinstance(error, ValueError):
+        return str(error).splitlines() or ["ValueError without a word; --debug shows where"]
+    if isinstance(error, OSError):
+        return [" ".join(str(error).split())]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "grpo_jax" in frame.filename]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    said = " ".join(str(error).split())[:300]
+    return [
+        f"{type(error).__name__}{place}: {said} (this is a bug, or a machine in trouble; "
+        "the same command with --debug shows the traceback: please report it)"
+    ]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -18,11 +18,13 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     create_model,
     model_validator,
 )
 
 from grpo_jax.algo.spec import PRESETS, Advantage, LossConfig, Preset
+from grpo_jax.config_fields import explain
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -281,7 +283,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        self.loss.check_updates(self.updates_per_step)
+        try:
+            self.loss.check_updates(self.updates_per_step)
+        except ValueError as error:
+            raise ValueError(f"algorithm.loss: {error}") from error
         for field, wrong, why in _refusals(self):
             if wrong:
                 raise ValueError(f"{field}: {why}")
@@ -310,8 +315,15 @@ class TrainConfig(Section):
 
     @classmethod
     def from_tables(cls, tables: dict[str, Any]) -> Self:
-        """Build from nested plain values, as `read_toml` gives them."""
-        return cls.model_validate(tables)
+        """Build from nested plain values, as `read_toml` gives them.
+
+        Raises:
+            ValueError: a line for each field that is unknown or illegal, by its dotted path.
+        """
+        try:
+            return cls.model_validate(tables)
+        except ValidationError as error:
+            raise ValueError("\n".join(explain(error, cls))) from error
 
     def to_toml(self) -> str:
         """The whole config as TOML; `from_toml` of it equals this config."""

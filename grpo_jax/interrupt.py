@@ -32,6 +32,7 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to end, and has saved what it had.
 
     Attributes:
+        summary: what happened, in words.
         step: rollouts trained on and saved; 0 when there was nothing to save.
         directory: of the run.
         status: exit status of a command that ends so: 128 and the signal's number.
@@ -39,8 +40,8 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, step: int, directory: Path, number: int = signal.SIGINT) -> None:
         """Keep where the run can go on from."""
-        saved = f"interrupted after step {step}, which is saved" if step else "interrupted before the first step"
-        super().__init__(f"{saved}; output_dir = {str(directory)!r} goes on from there")
+        self.summary = f"interrupted after step {step}, which is saved" if step else "interrupted before the first step"
+        super().__init__(f"{self.summary}; output_dir = {str(directory)!r} goes on from there")
         self.step, self.directory, self.status = step, directory, 128 + number
 
 

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from grpo_jax.algo.spec import PRESETS, LossConfig
-from grpo_jax.cli import main, parse
+from grpo_jax.cli import parse
 from grpo_jax.config import Section, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -80,40 +79,14 @@ def test_command_line_over_file_over_preset(tmp_path):
         ({"algorithm": {"loss": {"surrogate": "kl_cov"}}}, "algorithm.loss.surrogate"),
         ({"algorithm": {"loss": {"entropy_top": 0.2}}}, "algorithm.loss.surrogate"),
         ({"algorithm": {"loss": {"kl_in_reward": True}}}, "algorithm.loss.kl_in_reward"),
-        ({"algorithm": {"loss": {"surrogate": "reinforce"}}, "optim": {"epochs": 2}}, "surrogate='reinforce'"),
-        ({"algorithm": {"loss": {"dual_clip": 0.5}}}, "dual_clip"),
+        ({"algorithm": {"loss": {"surrogate": "reinforce"}}, "optim": {"epochs": 2}}, "algorithm.loss"),
+        ({"algorithm": {"loss": {"dual_clip": 0.5}}}, "algorithm.loss"),
     ],
 )
 def test_refusals_name_the_field(tables, path):
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ValueError) as caught:
         TrainConfig.from_tables(tables)
-    from grpo_jax.cli import describe
-
-    assert path in describe(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["missing.toml"], "no config file at missing.toml"),
-        (["--steps", "0"], "steps"),
-        (["--algorithm.preset", "grppo"], "algorithm.preset"),
-        (["--optim.minibatches", "5"], "optim.minibatches"),
-    ],
-)
-def test_the_command_says_what_is_wrong_in_one_line(capsys, arguments, said):
-    try:
-        status = main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2
-    assert said in capsys.readouterr().err
-
-
-def test_a_file_that_is_no_toml_is_named(tmp_path, capsys):
-    (tmp_path / "broken.toml").write_text("steps = = 3")
-    assert main([str(tmp_path / "broken.toml")]) == 2
-    assert "is not TOML" in capsys.readouterr().err
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
 def test_help_shows_every_field_with_its_docstring_and_no_jax():
@@ -123,10 +96,10 @@ def test_help_shows_every_field_with_its_docstring_and_no_jax():
         capture_output=True,
         text=True,
         check=True,
-        env={"COLUMNS": "200", "PATH": ""},
+        env={"COLUMNS": "4000", "PATH": ""},
     )
     assert time.perf_counter() - begun < 30  # a hang, not a measurement: docs/BENCHMARKS.md has the figure
-    shown = " ".join(out.stdout.replace("│", " ").split())
+    shown = " ".join(out.stdout.split())
     modules = {line.rsplit("|", 1)[-1].strip() for line in out.stderr.splitlines()}
     assert "pydantic" in modules and not modules & {"jax", "flax", "transformers", "orbax"}
 
@@ -138,7 +111,7 @@ def test_help_shows_every_field_with_its_docstring_and_no_jax():
                 continue
             assert f"--{prefix}{name}" in shown
             assert field.description, f"{prefix}{name} has no docstring"
-            assert " ".join(field.description.split()[:2]) in shown
+            assert " ".join(field.description.split()) in shown
 
     check(TrainConfig())
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"algo.spec", "algo.refusals", "models.families", "models.spec", "quickstart.task"},
+    {"algo.spec", "algo.refusals", "config_fields", "models.families", "models.spec", "quickstart.task"},
     {"types", "config", "evaluation"},
     {"algo", "mesh"},
     {"models"},
@@ -21,11 +21,13 @@ RANKS = [
     {"callbacks", "collect", "evaluator"},
     {"learning"},
     {"trainer"},
-    {"cli"},
+    {"cli", "arguments"},
 ]
 """Lowest first; a part may import its own rank and what lies below. The longest matching name counts."""
 HOST_ONLY = (
     "config",
+    "config_fields",
+    "arguments",
     "rewards",
     "evaluation",
     "rundir",

@@ -1,0 +1,131 @@
+"""The command's words: what each kind of field takes, what lies over what, and what it says of a wrong one."""
+
+from typing import Any
+
+import pytest
+
+from grpo_jax.arguments import merge, read_command
+from grpo_jax.cli import main, parse
+from grpo_jax.config import Section, TrainConfig
+from grpo_jax.config_fields import ELSEWHERE, leaves
+
+
+class Inner(Section):
+    """A table."""
+
+    rate: float = 0.5
+    """How fast."""
+    names: tuple[str, ...] = ()
+    """Which."""
+    weights: tuple[float, ...] | None = None
+    """How much."""
+    on: bool = False
+    """Whether."""
+
+
+class Outer(Section):
+    """The whole."""
+
+    count: int = 1
+    """How many."""
+    source: str | dict[str, str] | None = "x"
+    """From where."""
+    shares: str | dict[str, float] = "x"
+    """From which."""
+    options: dict[str, dict[str, Any]] = {}
+    """Of each."""
+    inner: Inner = Inner()
+
+
+@pytest.mark.parametrize(
+    ("words", "tables"),
+    [
+        ("--count 3", {"count": 3}),
+        ("--count=3 --count 4", {"count": 4}),
+        ("--inner.rate 1e-3", {"inner": {"rate": 1e-3}}),
+        ("--inner.rate -1", {"inner": {"rate": -1.0}}),
+        ("--inner.names a b --count 2", {"inner": {"names": ("a", "b")}, "count": 2}),
+        ("--inner.names a,b", {"inner": {"names": ("a", "b")}}),
+        ('--inner.names ["a","b"]', {"inner": {"names": ("a", "b")}}),
+        ("--inner.names=", {"inner": {"names": ()}}),
+        ("--inner.weights 1,-0.5", {"inner": {"weights": (1.0, -0.5)}}),
+        ("--inner.weights -1 0.5", {"inner": {"weights": (-1.0, 0.5)}}),
+        ("--inner.weights none", {"inner": {"weights": None}}),
+        ("--inner.on", {"inner": {"on": True}}),
+        ("--inner.on false", {"inner": {"on": False}}),
+        ("--inner.on=true --count 2", {"inner": {"on": True}, "count": 2}),
+        ("--source none", {"source": None}),
+        ("--source a/b.jsonl", {"source": "a/b.jsonl"}),
+        ("--source.easy a.jsonl --source.hard 7", {"source": {"easy": "a.jsonl", "hard": "7"}}),
+        ('--source {easy="a.jsonl"}', {"source": {"easy": "a.jsonl"}}),
+        ("--shares.a/b.jsonl 2 --shares.c.csv 1", {"shares": {"a/b.jsonl": 2.0, "c.csv": 1.0}}),
+        (
+            "--options.cosine.max_len 300 --options.cosine.strict false --options.other.word yes",
+            {"options": {"cosine": {"max_len": 300, "strict": False}, "other": {"word": "yes"}}},
+        ),
+    ],
+)
+def test_values_of_each_kind(words, tables):
+    command = read_command(words.split(), Outer)
+    assert command.file is None
+    got = Outer.model_validate(command.tables).model_dump(exclude_unset=True)
+    assert got == tables
+
+
+def test_a_file_stands_anywhere_but_among_the_values_of_a_list():
+    for words in ("mine.toml --count 2", "--count 2 mine.toml", "--inner.on mine.toml --count 2"):
+        command = read_command(words.split(), Outer)
+        assert command.file == "mine.toml" and command.tables["count"] == "2"
+
+
+def test_flags_of_the_command_itself():
+    command = read_command(["--debug", "c.toml", "--help", "inner", "options"], Outer)
+    assert (command.debug, command.help, command.topics, command.file) == (True, True, ["inner", "options"], "c.toml")
+    assert parse(["--quiet"])[0].log.quiet
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--cuont 3", "cuont: there is no such field; did you mean count?"),
+        ("--rate 3", "rate: there is no such field; did you mean inner.rate?"),
+        ("--inner.rates 3", "inner.rates: there is no such field; did you mean inner.rate?"),
+        ("--iner.rate 3", "iner.rate: there is no such field; did you mean inner.rate?"),
+        ("--count.x 3", "count.x: there is no such field; did you mean count?"),
+        ("--zzz 3", "zzz: there is no such field; --help shows all fields."),
+        ("--inner 3", "inner: is a table of fields and has no value itself; set a field of it, such as inner.rate"),
+        ("--count", "count: got no value; write --count INTEGER"),
+        ("--inner.names", "inner.names: got no value; write --inner.names TEXT ..."),
+        ("--source.a --count 3", "source.a: got no value; write --source.a TEXT"),
+        (
+            "a.toml --count 3 b.toml",
+            "b.toml: is a second config file beside a.toml, or a value of no field; a run has one file, and a value "
+            "follows its --dotted.field",
+        ),
+    ],
+)
+def test_words_that_mean_nothing(words, said):
+    with pytest.raises(ValueError) as caught:
+        read_command(words.split(), Outer)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_names_of_other_trainers_lead_to_a_field(name):
+    assert ELSEWHERE[name] in dict(leaves(TrainConfig))
+    with pytest.raises(ValueError, match=f"did you mean {ELSEWHERE[name]}"):
+        read_command([f"--{name}", "1"], TrainConfig)
+
+
+def test_a_table_lies_over_a_table_and_replaces_anything_else():
+    below = {"a": 1, "b": {"c": 1, "d": {"e": 1}}, "f": "x"}
+    above = {"b": {"d": {"g": 2}}, "f": {"h": 3}, "a": None}
+    assert merge(below, above) == {"a": None, "b": {"c": 1, "d": {"e": 1, "g": 2}}, "f": {"h": 3}}
+    assert below == {"a": 1, "b": {"c": 1, "d": {"e": 1}}, "f": "x"}
+
+
+def test_help_of_one_table_shows_the_values_of_a_config(tmp_path, capsys):
+    (tmp_path / "mine.toml").write_text("[optim]\nlearning_rate = 0.125\n")
+    assert main([str(tmp_path / "mine.toml"), "--help", "optim"]) == 0
+    out = capsys.readouterr().out
+    assert "--optim.learning_rate" in out and "0.125" in out and "--model.path" not in out
