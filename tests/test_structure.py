@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"algo.spec", "algo.refusals", "config_fields", "models.families", "models.spec", "quickstart.task"},
-    {"types", "config", "evaluation"},
+    {"algo.spec", "algo.refusals", "config_fields", "quickstart.task"}
+    | {"models.families", "models.fields", "models.keys", "models.rotary_spec", "models.spec"},
+    {"types", "config", "config_learning", "config_refusals", "functions", "evaluation"},
     {"algo", "mesh"},
     {"models"},
     {"rollout", "rewards", "data", "batching"},
@@ -27,6 +28,9 @@ RANKS = [
 HOST_ONLY = (
     "config",
     "config_fields",
+    "config_learning",
+    "config_refusals",
+    "functions",
     "arguments",
     "rewards",
     "evaluation",

@@ -1,21 +1,17 @@
-"""Attention: projections, rotary positions, masks, and the softmax over one or two key buffers."""
+"""Attention: projections, masks, and the softmax over one or two key buffers."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from grpo_jax.models.layers import Compute, Linear
-from grpo_jax.models.spec import LayerSpec, RotarySpec
+from grpo_jax.models.layers import Compute, Linear, RMSNorm
+from grpo_jax.models.rotary import Rotation, rotate
+from grpo_jax.models.spec import LayerSpec
 
 MASKED = -1e30
 """Score of a masked column: finite, so that a row without any valid column stays finite with its gradient."""
-
-Rotation = tuple[jax.Array, jax.Array]
-"""cos and sin, each [..., d / 2] float32."""
 
 
 class Attention(nnx.Module):
@@ -25,6 +21,7 @@ class Attention(nnx.Module):
         """Weights are [H, d, D], [K, d, D] twice and [D, H, d]; fused [K, H / K + 2, d, D] and [D, H, d]."""
         self.compute, self.fused = compute, fused
         self.kv_heads, self.group, self.head_dim = layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim
+        self.query_scale = layer.query_scale
         into, d = {"embed": layer.width}, {"head_dim": layer.head_dim}
         if fused:
             out = {"kv_heads": layer.kv_heads, ":qkv": self.group + 2} | d
@@ -33,22 +30,33 @@ class Attention(nnx.Module):
             self.q = Linear(compute, {"heads": layer.heads} | d, into, layer.qkv_bias)
             self.k = Linear(compute, {"kv_heads": layer.kv_heads} | d, into, layer.qkv_bias)
             self.v = Linear(compute, {"kv_heads": layer.kv_heads} | d, into, layer.qkv_bias)
+        # Of one head, or of all together: q's are [K, H / K, d], k's [K, d].
+        q_axes, k_axes = ((), ()) if layer.qk_norm == "head" else ((self.kv_heads, self.group), (self.kv_heads,))
+        self.q_norm, self.k_norm = _norm(compute, layer, q_axes), _norm(compute, layer, k_axes)
         self.out = Linear(compute, {"embed": layer.width}, {"heads": layer.heads} | d, layer.out_bias)
 
-    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[..., D] -> q [..., K, H / K, d] rotated and scaled by d^-1/2, k [..., K, d] rotated, v [..., K, d]."""
+    def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[..., D] -> q [..., K, H / K, d], k and v [..., K, d]; q and k normed and turned, q scaled."""
         if self.fused:
             qkv = self.qkv(x)
             q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
         else:
             q = self.q(x).reshape(*x.shape[:-1], self.kv_heads, self.group, self.head_dim)
             k, v = self.k(x), self.v(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         dtype = self.compute.dtype
-        return rotate(q, rotation, self.head_dim**-0.5).astype(dtype), rotate(k, rotation).astype(dtype), v
+        return rotate(q, turn, self.query_scale).astype(dtype), rotate(k, turn).astype(dtype), v
 
     def merge(self, mixed: jax.Array) -> jax.Array:
         """[..., K, H / K, d] -> [..., D]."""
         return self.out(mixed.reshape(*mixed.shape[:-3], self.kv_heads * self.group, self.head_dim))
+
+
+def _norm(compute: Compute, layer: LayerSpec, axes: tuple[int, ...]) -> RMSNorm | None:
+    if layer.qk_norm == "none":
+        return None
+    return RMSNorm(compute, (*axes, layer.head_dim), layer.norm_eps, layer.norm_offset)
 
 
 def fuse_attention(params: dict[str, Any]) -> dict[str, Any]:
@@ -57,34 +65,8 @@ def fuse_attention(params: dict[str, Any]) -> dict[str, Any]:
     def join(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.concatenate([q.reshape(k.shape[0], -1, *k.shape[1:]), k[:, None], v[:, None]], axis=1)
 
-    names = params["q"]
-    return {"qkv": {n: join(params["q"][n], params["k"][n], params["v"][n]) for n in names}, "out": params["out"]}
-
-
-def inverse_frequencies(rotary: RotarySpec, head_dim: int) -> np.ndarray:
-    """[d / 2] float32, in float32 arithmetic as the models were trained (Su et al. 2021; llama3: Meta 2024)."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = np.float32(1) / (np.float32(rotary.theta) ** exponent)
-    if rotary.kind == "default":
-        return plain
-    turns = np.float32(rotary.original_len) * plain / np.float32(2 * math.pi)
-    low, high = np.float32(rotary.low_freq_factor), np.float32(rotary.high_freq_factor)
-    share = np.clip((turns - low) / (high - low), 0, 1)
-    return (share * plain + (1 - share) * plain / np.float32(rotary.factor)).astype(np.float32)
-
-
-def rotation(rotary: RotarySpec, head_dim: int, positions: jax.Array) -> Rotation:
-    """[...] int32 -> cos, sin [..., d / 2]."""
-    angle = positions[..., None].astype(jnp.float32) * inverse_frequencies(rotary, head_dim)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, turn: Rotation, scale: float = 1.0) -> jax.Array:
-    """[..., heads axes, d] -> the same, float32: the first half of the features is paired with the second."""
-    shape = turn[0].shape[:-1] + (1,) * (x.ndim - turn[0].ndim) + turn[0].shape[-1:]
-    cos, sin = (part.reshape(shape) * scale for part in turn)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    joined = {name: join(*(params[p][name] for p in ("q", "k", "v"))) for name in params["q"]}
+    return {"qkv": joined} | {name: value for name, value in params.items() if name not in ("q", "k", "v")}
 
 
 def segment_mask(segment_ids: jax.Array, context_ids: jax.Array | None) -> jax.Array:
@@ -99,9 +81,24 @@ def segment_mask(segment_ids: jax.Array, context_ids: jax.Array | None) -> jax.A
     return seen & (keys != 0) & (columns[None, :] <= columns[:, None])
 
 
-def attend(compute: Compute, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def window_mask(mask: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:
+    """bool [N, T, T] and positions [N, T] -> the mask without what is ``window`` positions back or more.
+
+    Positions, not columns, decide: a completion's tokens may lie far from the prompt they share with others.
+    """
+    return mask if window is None else mask & (positions[:, :, None] - positions[:, None, :] < window)
+
+
+def cap(scores: jax.Array, softcap: float | None) -> jax.Array:
+    """``softcap * tanh(scores / softcap)`` (Gemma 2), or the scores."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def attend(
+    compute: Compute, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None
+) -> jax.Array:
     """q [N, T, K, g, d] over k, v [N, S, K, d] where mask [N, T, S] -> [N, T, K, g, d]."""
-    scores = compute.einsum("ntkgd,nskd->nkgts", q, k, out=jnp.float32)
+    scores = cap(compute.einsum("ntkgd,nskd->nkgts", q, k, out=jnp.float32), softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
     return compute.einsum("nkgts,nskd->ntkgd", weights.astype(compute.dtype), v)
 
@@ -113,6 +110,7 @@ def attend_cached(
     prompt_mask: jax.Array,
     own: tuple[jax.Array, jax.Array],
     own_mask: jax.Array,
+    softcap: float | None,
 ) -> jax.Array:
     """One query a row over its prompt's keys, which its group shares, and its own: one softmax over both.
 
@@ -120,18 +118,19 @@ def attend_cached(
         compute: dtype, precision, mesh.
         q: [B, K, g, d], B = Q * G.
         prompt: k and v, each [Q, K, P, d].
-        prompt_mask: bool [Q, P].
+        prompt_mask: bool [Q, G, P], or [Q, 1, P] where the rows of a prompt see the same.
         own: k and v, each [B, K, C, d].
         own_mask: bool [B, C], True somewhere in each row.
+        softcap: of the scores, see ``cap``.
 
     Returns:
         [B, K, g, d].
     """
     rows, prompts = q.shape[0], prompt[0].shape[0]
     grouped = q.reshape(prompts, rows // prompts, *q.shape[1:])
-    far = compute.einsum("qnkgd,qkpd->qkngp", grouped, prompt[0], out=jnp.float32)
-    far = jnp.where(prompt_mask[:, None, None, None], far, MASKED)
-    near = compute.einsum("bkgd,bkcd->bkgc", q, own[0], out=jnp.float32)
+    far = cap(compute.einsum("qnkgd,qkpd->qkngp", grouped, prompt[0], out=jnp.float32), softcap)
+    far = jnp.where(prompt_mask[:, None, :, None], far, MASKED)
+    near = cap(compute.einsum("bkgd,bkcd->bkgc", q, own[0], out=jnp.float32), softcap)
     near = jnp.where(own_mask[:, None, None], near, MASKED)
 
     def to_rows(x: jax.Array) -> jax.Array:  # [Q, K, G, g, ...] -> [B, K, g, ...]

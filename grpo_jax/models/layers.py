@@ -5,8 +5,9 @@ checkpoint's target and the loader's checks all derive from it. Modules are spli
 passes see weights already cast to the compute dtype.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -85,40 +86,53 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square norm over the last axes, in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, compute: Compute, width: int, eps: float):
-        """``eps`` is added to the mean square."""
-        self.compute, self.eps = compute, eps
-        self.scale = nnx.Param(Weight((width,), (None,), "ones"))
+    def __init__(self, compute: Compute, shape: tuple[int, ...], eps: float, offset: float = 0.0):
+        """Over the last axes, of ``shape``; ``eps`` is added to the mean square, ``offset`` to the scale."""
+        self.compute, self.eps, self.offset = compute, eps, offset
+        self.axes = tuple(range(-len(shape), 0))
+        self.scale = nnx.Param(Weight(shape, (None,) * len(shape), "zeros" if offset else "ones"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] in the compute dtype."""
+        """[..., *shape] -> the same in the compute dtype."""
         x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * inverse * self.scale[...].astype(jnp.float32)).astype(self.compute.dtype)
+        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=self.axes, keepdims=True) + self.eps)
+        return (x * inverse * (self.offset + self.scale[...].astype(jnp.float32))).astype(self.compute.dtype)
 
 
 class Embedding(nnx.Module):
     """Token embedding [V, D]."""
 
-    def __init__(self, compute: Compute, vocab: int, width: int):
-        """One row a token id."""
-        self.compute = compute
+    def __init__(self, compute: Compute, vocab: int, width: int, scale: float):
+        """One row a token id; ``scale`` is the factor of what is looked up."""
+        self.compute, self.scale = compute, scale
         self.kernel = nnx.Param(Weight((vocab, width), ("vocab", "embed")))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 -> [..., D]; ids outside the vocabulary are clipped. Its gradient is summed in float32."""
-        rows = jnp.take(self.kernel[...].astype(jnp.float32), tokens, axis=0, mode="clip")
-        return rows.astype(self.compute.dtype)
+        rows = jnp.take(self.kernel[...].astype(jnp.float32), tokens, axis=0, mode="clip").astype(self.compute.dtype)
+        # The factor is rounded to the dtype first, as Gemma's was in training.
+        return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, rows.dtype)
+
+
+ACTIVATION_FUNCTIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+"""Hugging Face's name -> function."""
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight."""
+    """``down(activation(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight."""
 
-    def __init__(self, compute: Compute, width: int, ffn: int, bias: bool, fused: bool):
+    def __init__(self, compute: Compute, width: int, ffn: int, bias: bool, activation: str, fused: bool):
         """``ffn`` is the inner width F."""
-        self.compute, self.fused = compute, fused
+        self.compute, self.fused, self.activation = compute, fused, activation
         into = {"embed": width}
         if fused:
             self.gate_up = Linear(compute, {":half": 2, "ffn": ffn}, into, bias)
@@ -134,7 +148,7 @@ class MLP(nnx.Module):
             gate, up = both[..., 0, :], both[..., 1, :]
         else:
             gate, up = self.gate(x), self.up(x)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(ACTIVATION_FUNCTIONS[self.activation](gate) * up)
 
 
 def fuse_mlp(params: dict[str, Any]) -> dict[str, Any]:

@@ -1,36 +1,36 @@
 """ModelSpec: what a Hugging Face config.json says about the forward pass, checked. Standard library only."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from grpo_jax.models.families import FAMILIES, Family
+from grpo_jax.models.families import FAMILIES, Family, QKNorm
+from grpo_jax.models.fields import Config, config_error, read_cap, read_flag, read_number, read_size
+from grpo_jax.models.rotary_spec import RotarySpec
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-
-@dataclass(frozen=True)
-class RotarySpec:
-    """Rotary position embedding of one layer.
-
-    Attributes:
-        kind: "default", or "llama3" (frequencies slowed by ``factor`` below a wavelength, smoothly in between).
-        theta: base.
-        factor, low_freq_factor, high_freq_factor, original_len: the numbers of "llama3"; 1, 1, 1, 0 otherwise.
-    """
-
-    kind: str = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_len: int = 0
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
+"""Of the MLP, by Hugging Face's names."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Every static fact that one decoder layer's constructor reads."""
+    """Every static fact that one decoder layer's constructor reads.
+
+    Attributes:
+        width, heads, kv_heads, head_dim, ffn: D, H, K, d, F.
+        norm_eps: of every norm.
+        qkv_bias, out_bias, mlp_bias: where the linear maps have biases.
+        rotary: None is none.
+        query_scale: factor of the queries.
+        window: a token sees the last so many, itself included; None is all.
+        softcap: scores are ``softcap * tanh(scores / softcap)``, without the cap if None.
+        qk_norm: queries and keys are normed, each head by itself, or all heads together.
+        pre_norm, post_norm: attention and MLP are normed before and after.
+        norm_offset: what is added to the scale of each norm.
+        residual_scale: factor of what is added to the stream.
+        activation: of the MLP, one of ``ACTIVATIONS``.
+    """
 
     width: int
     heads: int
@@ -41,7 +41,16 @@ class LayerSpec:
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
-    rotary: RotarySpec
+    rotary: RotarySpec | None
+    query_scale: float
+    window: int | None = None
+    softcap: float | None = None
+    qk_norm: QKNorm = "none"
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_offset: float = 0.0
+    residual_scale: float = 1.0
+    activation: str = "silu"
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,11 @@ class ModelSpec:
         tied: the unembedding is the embedding.
         norm_eps: of the final norm.
         max_len: ``max_position_embeddings``; beyond it the rotary is extrapolated, nothing else fails.
+        norm_offset: what is added to the scale of the final norm.
+        embed_scale: factor of the embedded tokens.
         logit_scale, softcap: logits are ``softcap * tanh(logit_scale * h W / softcap)``, without the cap if None.
+        longest: of the run's texts, for rotaries whose frequencies depend on it ("dynamic", "longrope"); 0 says that no
+            text is longer than the context the model was first trained for.
         stop_ids: tokens that end a text, ascending: ``eos_token_id`` of config.json, and what ``load_model`` adds.
         dtype: what config.json says the tensors are in, or None.
         hf_config: the config.json it was read from, as JSON text, for export. The last three are not compared.
@@ -76,14 +89,17 @@ class ModelSpec:
     tied: bool
     norm_eps: float
     max_len: int
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    longest: int = 0
     stop_ids: tuple[int, ...] = field(default=(), compare=False)
     dtype: str | None = field(default=None, compare=False)
     hf_config: str = field(default="{}", compare=False, repr=False)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelSpec":
+    def from_hf(cls, config: Config, longest: int = 0) -> "ModelSpec":
         """Reads a config.json, older (rope_theta, rope_scaling, torch_dtype) or newer (rope_parameters, dtype).
 
         Fields that the family's forward pass in transformers does not read are kept and ignored. Dropout rates are
@@ -92,27 +108,34 @@ class ModelSpec:
         Raises:
             ValueError: an unsupported model_type, or a field that changes the numbers and is not supported.
         """
-        config = dict(config)
-        model_type = config.get("model_type")
+        given = dict(config)
+        model_type = given.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None:
             raise ValueError(
                 f"config.json: got model_type {model_type!r}; there is no record for it; "
                 f"use a checkpoint of one of: {', '.join(sorted(FAMILIES))}"
             )
-        _refuse(config, family)
-        layer = _layer_spec(config, family)
+        _refuse(given, family)
+        config = {**{name: legal[0] for name, legal in family.only.items()}, **family.defaults, **given}
+        layers = _layers(config, family)
+        divisor = 1.0 if family.logit_divisor is None else read_number(config, family.logit_divisor, 1.0)
         return cls(
             family=str(model_type),
-            vocab=_size(config, "vocab_size"),
-            width=layer.width,
-            layers=(layer,) * _size(config, "num_hidden_layers"),
-            tied=_flag(config, "tie_word_embeddings"),
-            norm_eps=layer.norm_eps,
-            max_len=_size(config, "max_position_embeddings"),
-            stop_ids=read_stop_ids(config),
-            dtype=_dtype(config),
-            hf_config=json.dumps(config),
+            vocab=read_size(config, "vocab_size"),
+            width=layers[0].width,
+            layers=layers,
+            tied=read_flag(config, "tie_word_embeddings"),
+            norm_eps=layers[0].norm_eps,
+            max_len=read_size(config, "max_position_embeddings"),
+            norm_offset=family.norm_offset,
+            embed_scale=family.embed_scale(config),
+            logit_scale=1.0 / divisor,
+            softcap=None if family.logit_cap is None else read_cap(config, family.logit_cap),
+            longest=longest,
+            stop_ids=read_stop_ids(given),
+            dtype=_dtype(given),
+            hf_config=json.dumps(given),
         )
 
     @property
@@ -125,7 +148,7 @@ class ModelSpec:
         return hash((self.family, self.vocab, self.width, len(self.layers), self.layers[0], self.tied))
 
 
-def read_stop_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+def read_stop_ids(config: Config) -> tuple[int, ...]:
     """``eos_token_id`` of a config.json or generation_config.json: an id, a list of them, or nothing; ascending.
 
     Raises:
@@ -159,121 +182,65 @@ def cut_runs(layers: tuple[LayerSpec, ...]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _error(name: str, got: Any, why: str, do: str) -> ValueError:
-    return ValueError(f"config.json: {name}: got {got!r}; {why}; {do}")
-
-
-def _refuse(config: Mapping[str, Any], family: Family) -> None:
+def _refuse(config: Config, family: Family) -> None:
     unsupported = "it changes the numbers and is not supported"
-    for name, only in family.only.items():
-        if config.get(name, only) != only:
-            raise _error(name, config[name], unsupported, f"use a checkpoint with {only!r}")
-    if config.get("quantization_config"):
-        raise _error(
-            "quantization_config", config["quantization_config"], unsupported, "use the checkpoint before quantisation"
-        )
-    layer_count = _size(config, "num_hidden_layers")
-    windows = family.windows(config)
-    if len(windows) != layer_count:
-        raise _error(
-            "layer_types", len(windows), f"there are {layer_count} layers", "give one entry for each of the layers"
-        )
-    if any(window is not None for window in windows):
-        why = "a sliding window is in use, which is not supported"
-        raise _error("sliding_window", config.get("sliding_window"), why, "use a checkpoint with full attention")
+    for name, legal in family.only.items():
+        if config.get(name, legal[0]) not in legal:
+            raise config_error(name, config[name], unsupported, f"use a checkpoint with {legal[0]!r}")
+    quantised = config.get("quantization_config")
+    if quantised:
+        raise config_error("quantization_config", quantised, unsupported, "use the checkpoint before quantisation")
 
 
-def _layer_spec(config: Mapping[str, Any], family: Family) -> LayerSpec:
-    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    kv_heads = _size(config, "num_key_value_heads", default=heads)
-    head_dim = _size(config, "head_dim", default=width // heads if width % heads == 0 else None)
+def _layers(config: Config, family: Family) -> tuple[LayerSpec, ...]:
+    width, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
+    kv_heads = read_size(config, "num_key_value_heads", default=heads)
+    head_dim = read_size(config, "head_dim", default=width // heads if width % heads == 0 else None)
     if heads % kv_heads:
-        raise _error("num_key_value_heads", kv_heads, f"it does not divide the {heads} heads", "check the config")
-    if head_dim % 2:
-        raise _error("head_dim", head_dim, "the rotary embedding turns pairs of features", "use an even head_dim")
-    return LayerSpec(
+        raise config_error("num_key_value_heads", kv_heads, f"it does not divide the {heads} heads", "check the config")
+    layer = LayerSpec(
         width=width,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn=_size(config, "intermediate_size"),
-        norm_eps=_number(config, "rms_norm_eps", family.rms_norm_eps),
+        ffn=read_size(config, "intermediate_size"),
+        norm_eps=read_number(config, "rms_norm_eps", 1e-6),
         qkv_bias=_fact(config, family.qkv_bias),
         out_bias=_fact(config, family.out_bias),
         mlp_bias=_fact(config, family.mlp_bias),
-        rotary=_rotary(config, family),
+        rotary=None,
+        query_scale=family.query_scale(config, head_dim),
+        softcap=None if family.attention_cap is None else read_cap(config, family.attention_cap),
+        qk_norm=family.qk_norm,
+        pre_norm=family.pre_norm,
+        post_norm=family.post_norm,
+        norm_offset=family.norm_offset,
+        residual_scale=1.0 if family.residual_scale is None else read_number(config, family.residual_scale, 1.0),
+        activation=_activation(config, family),
     )
+    rotaries, windows = family.rotaries(config, head_dim, family.rotary), family.windows(config)
+    count = read_size(config, "num_hidden_layers")
+    if len(windows) != count:
+        raise config_error("layer_types", len(windows), f"there are {count} layers", "give one entry for each of them")
+    return tuple(replace(layer, rotary=r, window=w) for r, w in zip(rotaries, windows, strict=True))
 
 
-def _rotary(config: Mapping[str, Any], family: Family) -> RotarySpec:
-    """Same precedence as transformers: rope_scaling, else rope_parameters; a theta inside it, else rope_theta."""
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(name) or {}
-    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise _error(name, rope, "settings for each layer type are not supported", "use a checkpoint with one rotary")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROTARY_READERS:
-        why = "this kind of rotary scaling is not supported"
-        raise _error(f"{name}.rope_type", kind, why, f"use one of: {', '.join(ROTARY_READERS)}")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        why = "a rotary on part of the features is not supported"
-        raise _error("partial_rotary_factor", partial, why, "use a checkpoint without it")
-    theta = _number({"rope_theta": family.rope_theta} | _given(config) | _given(rope), "rope_theta", None)
-    return ROTARY_READERS[kind](theta, dict(rope), config, name)
+def _activation(config: Config, family: Family) -> str:
+    given = config.get(family.activation, ACTIVATIONS[0])
+    name = family.renames.get(given, given) if isinstance(given, str) else given
+    if name not in ACTIVATIONS:
+        why = "it changes the numbers and is not supported"
+        raise config_error(family.activation, given, why, f"use one of: {', '.join(ACTIVATIONS)}")
+    return name
 
 
-def _read_default(theta: float, rope: dict[str, Any], config: Mapping[str, Any], name: str) -> RotarySpec:
-    return RotarySpec("default", theta)
+def _fact(config: Config, fact: bool | str) -> bool:
+    return read_flag(config, fact) if isinstance(fact, str) else fact
 
 
-def _read_llama3(theta: float, rope: dict[str, Any], config: Mapping[str, Any], name: str) -> RotarySpec:
-    top = "original_max_position_embeddings"
-    rope[top] = config.get(top) or rope.get(top) or config.get("max_position_embeddings")
-    numbers = [_number(rope, key, None, name) for key in ("factor", "low_freq_factor", "high_freq_factor", top)]
-    if numbers[1] == numbers[2]:
-        raise _error(f"{name}.high_freq_factor", numbers[2], "it must differ from low_freq_factor", "check the config")
-    return RotarySpec("llama3", theta, numbers[0], numbers[1], numbers[2], int(numbers[3]))
-
-
-ROTARY_READERS = {"default": _read_default, "llama3": _read_llama3}
-
-
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
-
-
-def _fact(config: Mapping[str, Any], fact: bool | str) -> bool:
-    return _flag(config, fact) if isinstance(fact, str) else fact
-
-
-def _flag(config: Mapping[str, Any], name: str) -> bool:
-    value = config.get(name, False)
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    raise _error(name, value, "true or false is needed", "check the config")
-
-
-def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _error(name, value, "a whole number of at least 1 is needed", "check that the config is whole")
-    return value
-
-
-def _number(config: Mapping[str, Any], name: str, default: float | None, inside: str = "") -> float:
-    value = config.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        where = f"{inside}.{name}" if inside else name
-        raise _error(where, value, "a number above 0 is needed", "check that the config is whole")
-    return float(value)
-
-
-def _dtype(config: Mapping[str, Any]) -> str | None:
+def _dtype(config: Config) -> str | None:
     value = config.get("dtype") or config.get("torch_dtype")
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name is not None and name not in DTYPES:
-        raise _error("dtype", value, f"tensors are read in {', '.join(DTYPES)}", "convert the checkpoint")
+        raise config_error("dtype", value, f"tensors are read in {', '.join(DTYPES)}", "convert the checkpoint")
     return name

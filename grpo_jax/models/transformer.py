@@ -19,20 +19,24 @@ from jax.sharding import NamedSharding
 from grpo_jax.mesh import GATHERED_RULES
 from grpo_jax.models.attention import (
     Attention,
-    Rotation,
     attend,
     attend_cached,
     fuse_attention,
-    rotation,
     segment_mask,
+    window_mask,
     write_column,
 )
 from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, fuse_mlp
-from grpo_jax.models.spec import LayerSpec, ModelSpec, RotarySpec, Run
+from grpo_jax.models.rotary import Rotation, rotation
+from grpo_jax.models.rotary_spec import RotarySpec
+from grpo_jax.models.spec import LayerSpec, ModelSpec, Run
 
 KeyValue = tuple[jax.Array, jax.Array]
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """(q, k, v) -> what the queries read, and anything to carry out of the block."""
+
+Turns = Mapping[LayerSpec, Rotation | None]
+"""Layer -> the rotation of its queries and keys; None is none."""
 
 REMAT: Mapping[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.dots_saveable,
@@ -44,20 +48,34 @@ half the memory), nothing but its input, or the attention's output and projectio
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """One decoder layer: attention and MLP, each normed before or after or both, added to the stream."""
 
     def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
         """``fused``: q, k and v in one weight, gate and up in one."""
-        self.input_norm = RMSNorm(compute, layer.width, layer.norm_eps)
+        self.residual_scale = layer.residual_scale
+        norm = lambda wanted: _norm(compute, layer) if wanted else None  # noqa: E731
+        self.input_norm, self.attention_post_norm = norm(layer.pre_norm), norm(layer.post_norm)
         self.attention = Attention(compute, layer, fused)
-        self.mlp_norm = RMSNorm(compute, layer.width, layer.norm_eps)
-        self.mlp = MLP(compute, layer.width, layer.ffn, layer.mlp_bias, fused)
+        self.mlp_norm, self.mlp_post_norm = norm(layer.pre_norm), norm(layer.post_norm)
+        self.mlp = MLP(compute, layer.width, layer.ffn, layer.mlp_bias, layer.activation, fused)
 
-    def __call__(self, x: jax.Array, turn: Rotation, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, turn: Rotation | None, mix: Mix) -> tuple[jax.Array, Any]:
         """[..., D] -> [..., D], and what ``mix`` carries out."""
-        mixed, carried = mix(*self.attention.project(self.input_norm(x), turn))
-        x = x + checkpoint_name(self.attention.merge(checkpoint_name(mixed, "attention")), "attention")
-        return x + self.mlp(self.mlp_norm(x)), carried
+        mixed, carried = mix(*self.attention.project(_normed(self.input_norm, x), turn))
+        merged = checkpoint_name(self.attention.merge(checkpoint_name(mixed, "attention")), "attention")
+        x = self._add(x, _normed(self.attention_post_norm, merged))
+        return self._add(x, _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x)))), carried
+
+    def _add(self, x: jax.Array, new: jax.Array) -> jax.Array:
+        return x + (new if self.residual_scale == 1.0 else new * jnp.asarray(self.residual_scale, new.dtype))
+
+
+def _norm(compute: Compute, layer: LayerSpec) -> RMSNorm:
+    return RMSNorm(compute, (layer.width,), layer.norm_eps, layer.norm_offset)
+
+
+def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 class Outer(nnx.Module):
@@ -65,8 +83,8 @@ class Outer(nnx.Module):
 
     def __init__(self, compute: Compute, spec: ModelSpec):
         """The head's weight is [V, D], like the embedding's."""
-        self.embed = Embedding(compute, spec.vocab, spec.width)
-        self.norm = RMSNorm(compute, spec.width, spec.norm_eps)
+        self.embed = Embedding(compute, spec.vocab, spec.width, spec.embed_scale)
+        self.norm = RMSNorm(compute, (spec.width,), spec.norm_eps, spec.norm_offset)
         self.head = None if spec.tied else Linear(compute, {"vocab": spec.vocab}, {"embed": spec.width})
 
     def unembedding(self) -> jax.Array:
@@ -81,6 +99,7 @@ class Layout:
     Attributes:
         compute: dtype, precision, mesh.
         runs: of layers.
+        longest: of the run's texts, see ``ModelSpec``.
         outer: graph of ``Outer``.
         blocks: graph and declarations of ``Block`` for each distinct layer.
         fused: the same with joined weights.
@@ -89,6 +108,7 @@ class Layout:
 
     compute: Compute
     runs: tuple[Run, ...]
+    longest: int
     outer: nnx.GraphDef
     blocks: dict[LayerSpec, tuple[nnx.GraphDef, dict[str, Any]]]
     fused: dict[LayerSpec, tuple[nnx.GraphDef, dict[str, Any]]]
@@ -102,7 +122,23 @@ class Layout:
     @property
     def rotaries(self) -> tuple[tuple[RotarySpec, int], ...]:
         """The distinct rotaries and their head_dim, in the same order on every host."""
-        return tuple(dict.fromkeys((layer.rotary, layer.head_dim) for layer in self.layers))
+        return tuple(dict.fromkeys((x.rotary, x.head_dim) for x in self.layers if x.rotary is not None))
+
+    def turns(self, positions: jax.Array, longest: int) -> Turns:
+        """For each layer [...] int32 -> its rotation. ``longest`` bounds the texts' lengths by the arrays' shapes.
+
+        Raises:
+            ValueError: texts may be longer than those the frequencies are for.
+        """
+        for rotary, _ in self.rotaries:
+            limit = max(rotary.original_len, self.longest)
+            if rotary.by_length and longest > limit:
+                raise ValueError(
+                    f"got texts of up to {longest} tokens; the {rotary.kind} rotary has other frequencies beyond "
+                    f"{limit}; give the longest text's length as `longest` to load_model, or keep texts shorter"
+                )
+        made = {key: rotation(*key, positions, self.longest) for key in self.rotaries}
+        return {x: None if x.rotary is None else made[x.rotary, x.head_dim] for x in self.layers}
 
 
 def build_layout(spec: ModelSpec, compute: Compute) -> Layout:
@@ -115,7 +151,7 @@ def build_layout(spec: ModelSpec, compute: Compute) -> Layout:
         for run_index, run in enumerate(spec.runs)
         for name, tree in [(stack_name(run_index, i), blocks[layer][1]) for i, layer in enumerate(run.pattern)]
     }
-    return Layout(compute, spec.runs, outer, blocks, fused, {"outer": weights, "layers": stacks})
+    return Layout(compute, spec.runs, spec.longest, outer, blocks, fused, {"outer": weights, "layers": stacks})
 
 
 def stack_name(run: int, place: int) -> str:
@@ -148,24 +184,30 @@ def hidden_states(
     # The table is not cast: its gradient is summed over tokens, and a sum in bfloat16 stops growing.
     table = use(layout, params["outer"]["embed"], weights["embed"], cast=False)
     outer = nnx.merge(layout.outer, use(layout, params["outer"], weights) | {"embed": table})
-    mask = segment_mask(segment_ids, context_ids)
-    turns = {key: rotation(*key, positions) for key in layout.rotaries}
+    turns = layout.turns(positions, tokens.shape[1])
+    masks = _masks(layout, segment_mask(segment_ids, context_ids), positions)
     x = compute.shard(outer.embed(tokens), "batch", None, None)
 
-    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return attend(compute, q, k, v, mask), None
+    def mix_in(layer: LayerSpec) -> Mix:
+        return lambda q, k, v: (attend(compute, q, k, v, masks[layer.window], layer.softcap), None)
 
     for index, run in enumerate(layout.runs):
 
         def body(x: jax.Array, stacked: list[Any], run: Run = run) -> tuple[jax.Array, None]:
             for layer, weights in zip(run.pattern, stacked, strict=True):
-                x, _ = _training_block(layout, layer, weights)(x, turns[layer.rotary, layer.head_dim], mix)
+                x, _ = _training_block(layout, layer, weights)(x, turns[layer], mix_in(layer))
                 x = compute.shard(x, "batch", None, None)
             return x, None
 
         stacks = [params["layers"][stack_name(index, place)] for place in range(len(run.pattern))]
         x, _ = jax.lax.scan(jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), x, stacks)
     return compute.shard(outer.norm(x), "batch", None, None)
+
+
+def _masks(layout: Layout, mask: jax.Array, positions: jax.Array) -> dict[int | None, jax.Array]:
+    """Window -> mask, each made once."""
+    windows = dict.fromkeys(layer.window for layer in layout.layers)
+    return {window: window_mask(mask, positions, window) for window in windows}
 
 
 def _training_block(layout: Layout, layer: LayerSpec, params: dict[str, Any]) -> Block:
@@ -213,13 +255,20 @@ def prefill(
     compute = layout.compute
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     mask = segment_mask((positions < prompt_len[:, None]).astype(jnp.int32), None)
+    masks = _masks(layout, mask, positions)
 
-    def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
-        return attend(compute, q, k, v, mask), (to_cache(compute, k), to_cache(compute, v))
+    def mix_in(index: int) -> Mix:
+        layer = layout.layers[index]
+
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
+            mixed = attend(compute, q, k, v, masks[layer.window], layer.softcap)
+            return mixed, (to_cache(compute, k), to_cache(compute, v))
+
+        return mix
 
     outer = nnx.merge(layout.outer, view["outer"])
     x = compute.shard(outer.embed(tokens), "batch", None, None)
-    x, cache = _unrolled(layout, view, x, positions, lambda _: mix)
+    x, cache = _unrolled(layout, view, x, layout.turns(positions, tokens.shape[1]), mix_in)
     last = jnp.take_along_axis(x, (prompt_len - 1)[:, None, None], axis=1)[:, 0]
     return outer.norm(last), cache
 
@@ -236,22 +285,37 @@ def decode(
     """One token a row: [B] -> its hidden state [B, D], and the cache with its keys and values at ``cache_len``."""
     compute = layout.compute
     group = tokens.shape[0] // prompt_len.shape[0]
-    prompt_mask = jnp.arange(prompt_cache[0][0].shape[2]) < prompt_len[:, None]
-    own_mask = jnp.arange(cache[0][0].shape[2]) <= cache_len[:, None]
+    width, length = prompt_cache[0][0].shape[2], cache[0][0].shape[2]
+    masks = {layer.window: _cache_masks(prompt_len, cache_len, width, length, layer.window) for layer in layout.layers}
 
-    def mix_at(layer: int) -> Mix:
+    def mix_in(index: int) -> Mix:
+        layer = layout.layers[index]
+        prompt_mask, own_mask = masks[layer.window]
+
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
-            keys, values = cache[layer]
+            keys, values = cache[index]
             own = write_column(keys, k, cache_len), write_column(values, v, cache_len)
-            return attend_cached(compute, q, prompt_cache[layer], prompt_mask, own, own_mask), own
+            return attend_cached(compute, q, prompt_cache[index], prompt_mask, own, own_mask, layer.softcap), own
 
         return mix
 
     outer = nnx.merge(layout.outer, view["outer"])
     x = compute.shard(outer.embed(tokens), "batch", None)
     positions = jnp.repeat(prompt_len, group, total_repeat_length=tokens.shape[0]) + cache_len
-    x, cache = _unrolled(layout, view, x, positions, mix_at)
+    x, cache = _unrolled(layout, view, x, layout.turns(positions, width + length), mix_in)
     return outer.norm(x), cache
+
+
+def _cache_masks(
+    prompt_len: jax.Array, cache_len: jax.Array, width: int, length: int, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """What the token at column ``cache_len`` [B] sees: bool [Q, G or 1, P] of its prompt, bool [B, C] of its row."""
+    columns, own = jnp.arange(width), jnp.arange(length)
+    prompt_mask, own_mask = (columns < prompt_len[:, None])[:, None], own <= cache_len[:, None]
+    if window is None:
+        return prompt_mask, own_mask
+    last = prompt_len[:, None] + cache_len.reshape(prompt_len.shape[0], -1)  # [Q, G]
+    return prompt_mask & (columns > last[..., None] - window), own_mask & (own > cache_len[:, None] - window)
 
 
 def to_cache(compute: Compute, x: jax.Array) -> jax.Array:
@@ -260,13 +324,12 @@ def to_cache(compute: Compute, x: jax.Array) -> jax.Array:
 
 
 def _unrolled(
-    layout: Layout, view: dict[str, Any], x: jax.Array, positions: jax.Array, mix_at: Callable[[int], Mix]
+    layout: Layout, view: dict[str, Any], x: jax.Array, turns: Turns, mix_in: Callable[[int], Mix]
 ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
-    turns = {key: rotation(*key, positions) for key in layout.rotaries}
     cache = []
     for index, (layer, weights) in enumerate(zip(layout.layers, view["layers"], strict=True)):
         block = nnx.merge(layout.fused[layer][0], weights)
-        x, carried = block(x, turns[layer.rotary, layer.head_dim], mix_at(index))
+        x, carried = block(x, turns[layer], mix_in(index))
         cache.append(carried)
     return x, tuple(cache)
 

@@ -16,6 +16,13 @@ WIDTH, GROUP, STEPS = 8, 2, 7
 CASES = {
     "qwen2": {"model_type": "qwen2"},
     "one key head": {"model_type": "qwen2", "num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": False},
+    "windows": {
+        "model_type": "qwen3",
+        "head_dim": 6,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "llama": {
         "model_type": "llama",
         "num_key_value_heads": 4,

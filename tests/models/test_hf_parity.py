@@ -43,6 +43,21 @@ CASES = {
         "LlamaConfig",
         {"num_key_value_heads": 4, "head_dim": 6, "attention_bias": True, "mlp_bias": True},
     ),
+    "qwen3 qk-norm, head_dim apart, biases": (
+        "Qwen3Config",
+        {"num_key_value_heads": 2, "head_dim": 12, "attention_bias": True},
+    ),
+    "qwen3 windows": (
+        "Qwen3Config",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
     "llama theta": (
         "LlamaConfig",
         {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 97.0}},

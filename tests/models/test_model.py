@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from model_cases import HIDDEN, PREFILL, config, random_model, random_tokens, relative, whole_rows
 
 from grpo_jax.models import Model, ModelSpec
-from grpo_jax.models.spec import RotarySpec
+from grpo_jax.models.rotary_spec import RotarySpec
 
 
 def _equations(jaxpr) -> Iterator:

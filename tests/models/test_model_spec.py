@@ -10,7 +10,8 @@ from model_cases import LLAMA3, config
 
 from grpo_jax.models import ModelSpec
 from grpo_jax.models.families import FAMILIES
-from grpo_jax.models.spec import RotarySpec, cut_runs
+from grpo_jax.models.rotary_spec import RotarySpec
+from grpo_jax.models.spec import cut_runs
 
 
 def test_every_fact_is_read():
@@ -39,7 +40,10 @@ def test_every_fact_is_read():
 def test_absent_fields_have_the_defaults_of_the_family():
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     bare = {name: config()[name] for name in (*needed, "model_type", "max_position_embeddings")}
-    qwen2, llama = ModelSpec.from_hf(bare), ModelSpec.from_hf(bare | {"model_type": "llama"})
+    llama = ModelSpec.from_hf(bare | {"model_type": "llama"})
+    with pytest.raises(ValueError, match="num_key_value_heads: got 32"):  # what transformers would take
+        ModelSpec.from_hf(bare)
+    qwen2 = ModelSpec.from_hf(bare | {"num_key_value_heads": 4})
     for spec in (qwen2, llama):
         assert (spec.tied, spec.norm_eps, spec.stop_ids, spec.dtype) == (False, 1e-6, (), None)
         assert (spec.layers[0].kv_heads, spec.layers[0].head_dim) == (4, 8)
@@ -65,25 +69,26 @@ def test_a_null_rope_scaling_is_the_default_rotary():
 
 
 REFUSED = {
-    "another family": ("gpt2", {}, ["'gpt2'", "llama, qwen2"]),
-    "no family": (None, {}, ["None", "llama, qwen2"]),
-    "activation": ("qwen2", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+    "another family": ("gpt2", {}, ["'gpt2'", ", ".join(sorted(FAMILIES))]),
+    "no family": (None, {}, ["None", ", ".join(sorted(FAMILIES))]),
+    "activation": ("qwen2", {"hidden_act": "tanh"}, ["hidden_act", "'tanh'", "silu, "]),
     "quantised": ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
-    "window by flag": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-        ["sliding_window", "8"],
-    ),
-    "window by layer types": (
+    "window by layer types without its flag": (
         "qwen2",
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8},
-        ["sliding_window"],
+        ["use_sliding_window"],
     ),
+    "window of no size": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 2},
+        ["sliding_window", "0"],
+    ),
+    "kind of layer": ("qwen2", {"layer_types": ["linear_attention"] * 3}, ["layer_types", "'linear_attention'"]),
     "layer types of another depth": ("qwen2", {"layer_types": ["full_attention"]}, ["layer_types", "3 layers"]),
     "rotary kind": (
         "llama",
-        {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-        ["rope_scaling.rope_type", "'yarn'", "default, llama3"],
+        {"rope_scaling": {"type": "mrope", "factor": 2.0}},
+        ["rope_scaling.rope_type", "'mrope'", "default, linear, dynamic, llama3, yarn, longrope"],
     ),
     "rotary by layer type": (
         "llama",
@@ -123,6 +128,15 @@ def test_a_window_that_is_not_in_use_is_fine():
     spec = ModelSpec.from_hf(config(use_sliding_window=False, sliding_window=8, max_window_layers=0))
     assert spec == ModelSpec.from_hf(config())
     assert ModelSpec.from_hf(config(use_sliding_window=True, sliding_window=8, max_window_layers=3)) == spec
+
+
+def test_windows_are_read_by_layer():
+    by_depth = ModelSpec.from_hf(config(use_sliding_window=True, sliding_window=8, max_window_layers=1))
+    assert [layer.window for layer in by_depth.layers] == [None, 8, 8]
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    by_type = ModelSpec.from_hf(config(use_sliding_window=True, sliding_window=8, layer_types=types))
+    assert [layer.window for layer in by_type.layers] == [8, None, 8]
+    assert ModelSpec.from_hf(config(use_sliding_window=True, max_window_layers=0)).layers[0].window == 4096
 
 
 def test_specs_are_values():

@@ -13,9 +13,22 @@ NOISE = 1e-5
 """Float32 noise of a hidden state, relative to the largest; a leak would be 1e-2 and more."""
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
+CASES = {
+    "qwen2": {"model_type": "qwen2"},
+    "llama": {"model_type": "llama"},
+    "windows": {
+        "model_type": "qwen3",
+        "head_dim": 8,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
 def setup(request):
-    model, params = random_model(model_type=request.param, num_hidden_layers=2)
+    model, params = random_model(**CASES[request.param], num_hidden_layers=2)
     return model, params, partial(HIDDEN, model)
 
 
