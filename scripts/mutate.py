@@ -44,7 +44,9 @@ FIRST = {
     "refusals.py": ("test_refusals.py",),
 }
 """The tests to try first, by file; for the others those of the loss."""
-FIRST_OF_LOSS = ("test_properties_loss.py", "test_edges_loss.py", "test_reference_loss.py", "test_trl.py")
+FIRST_OF_LOSS = tuple(
+    f"test_{name}.py" for name in ("properties_loss", "edges_loss", "contract5", "reference_loss", "trl")
+)
 
 
 def pytest(work: Path, tests: list[str]) -> str | None:

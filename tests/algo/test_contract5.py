@@ -132,15 +132,14 @@ def plain(step, width=LONGEST, count=SEQUENCES):
     return lay_out(step, [[i] if i < SEQUENCES else [] for i in range(count)], width, ids=False)
 
 
-def loss_and_gradient(config, arrays, denominators=None):
+def loss_and_gradient(config, arrays, denominators=None, choice=None):
     """(loss, gradients in logp and entropy, metrics) of one call."""
     rest = {k: v for k, v in arrays.items() if k not in ("logp", "old_logp", "advantages", "mask", "entropy")}
 
     def loss(logp, entropy):
         main = (logp, arrays["old_logp"], arrays["advantages"], arrays["mask"])
-        return algo.policy_loss(
-            *main, config=config, entropy=entropy, denominators=denominators, key=jax.random.key(3), **rest
-        )
+        more = dict(denominators=denominators, choice=choice, key=jax.random.key(3))
+        return algo.policy_loss(*main, config=config, entropy=entropy, **more, **rest)
 
     (value, metrics), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(arrays["logp"], arrays["entropy"])
     return value, grads, metrics
@@ -178,15 +177,15 @@ def assert_same(name, value, grads, metrics):
         np.testing.assert_allclose((total, count), expected_metrics[key], rtol=1e-9, atol=1e-9, err_msg=key)
 
 
-def in_parts(name, layout, part):
+def in_parts(name, layout, part, counts=None, choice=None):
     """The layout in microbatches of `part` rows: summed losses, gradients by sequence, summed metrics."""
     with x64():
         arrays = jax.tree.map(jnp.asarray, layout.arrays)
-        counts = whole(name)[3]
+        counts = whole(name)[3] if counts is None else counts
         value, grads, metrics = 0.0, [], []
         for start in range(0, len(layout.arrays["mask"]), part):
-            cut = {k: v[start : start + part] for k, v in arrays.items()}
-            loss, gradient, sums = loss_and_gradient(CONFIGS[name], cut, counts)
+            cut, chosen = jax.tree.map(lambda x: x[start : start + part], (arrays, choice))  # noqa: B023
+            loss, gradient, sums = loss_and_gradient(CONFIGS[name], cut, counts, chosen)
             value += float(loss)
             grads.append(gradient)
             metrics.append(_numbers(sums))
@@ -250,6 +249,25 @@ def test_denominators_do_not_depend_on_the_layout(name):
             for field, g, e in zip(expected._fields, got, expected, strict=True):
                 assert (g is None) == (e is None)
                 jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, err_msg=field), g, e)  # noqa: B023
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", STEP_STATISTICS)
+def test_a_choice_made_for_the_step_is_cut_like_it(name, packed):
+    """With it the denominators need no statistics, and what is not trained is not chosen."""
+    rows, width = (random_packing(5, 4), 29) if packed else (random_rows(5, 12), LONGEST + 4)
+    layout, config = lay_out(make_sequences(name), rows, width, packed=packed), CONFIGS[name]
+    with x64():
+        arrays = jax.tree.map(jnp.asarray, layout.arrays)
+        given = {k: v for k, v in arrays.items() if k not in ("mask", "ref_logp", "sampler_logp")}
+        choice = algo.choose(config, arrays["mask"], key=jax.random.key(3), **given)
+        counts = algo.denominators(config, arrays["mask"], sequences=SEQUENCES)
+    assert config.chooses and (choice.picked is None) == (config.surrogate == "ppo_clip")
+    assert (choice.kept is None) == (config.entropy_top == 1)
+    for chosen in jax.tree.leaves(choice):
+        assert 0 < (chosen & arrays["mask"]).sum() < arrays["mask"].sum()
+    assert choice.picked is None or not (choice.picked & ~arrays["mask"]).any()
+    assert_same(name, *in_parts(name, layout, 2 if packed else 4, counts, choice))
 
 
 def test_the_value_loss_is_one_however_it_is_cut():

@@ -136,6 +136,23 @@ def test_advantages_that_reduce_to_one_another():
     np.testing.assert_array_equal(scaled[3], 0)
 
 
+def test_an_estimator_of_your_own_is_called_like_a_row():
+    """With 0 for what was not scored, the samples that were, and the options; what was not scored stays 0 after it."""
+    rewards, valid, lengths, greedy = rewards_for("grpo")
+    seen = []
+
+    def own(rewards, scored, options):
+        seen.append((np.asarray(rewards), np.asarray(scored), options))
+        return algo.ADVANTAGES["opo"](rewards, scored, options) + 1.0
+
+    missing = np.where(valid, rewards, np.nan)
+    got = estimate(own, missing, np.ones_like(valid), lengths, greedy)
+    expected = estimate("opo", rewards, valid, lengths, greedy)
+    np.testing.assert_array_equal(got, np.where(valid, expected + 1.0, 0.0))
+    ((given, scored, options),) = seen
+    assert (given == np.where(valid, rewards, 0)).all() and (scored == valid).all() and options.k == 2
+
+
 @estimators
 @pytest.mark.parametrize("size", [1e-30, 1e30, float(np.finfo(np.float32).max)])
 def test_rewards_of_any_size_give_finite_advantages(name, size):

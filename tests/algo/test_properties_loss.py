@@ -236,6 +236,21 @@ def test_at_the_old_policy_the_gradient_is_that_of_reinforce(surrogate, level):
     assert metrics["ratio"] == (rows.mask.sum(), rows.mask.sum())
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_surrogate_of_your_own_is_taken_like_a_row(level):
+    """Written out again, ppo_clip without bounds gives the same loss, gradient and metrics under all else there is."""
+
+    def unclipped(inputs, config):
+        return -inputs.ratio * inputs.tokens.advantages
+
+    own = configure(unclipped, level, correction="seq_mask")
+    assert hash(own) == hash(dataclasses.replace(own)) and own.has_ratio
+    row = configure("ppo_clip", level, correction="seq_mask", clip_low=None, clip_high=None)
+    rows = make_rows()
+    got, expected = run(own, rows), run(row, rows)
+    assert got[0] == expected[0] != 0 and (got[1] == expected[1]).all() and got[2] == expected[2]
+
+
 UNCLIPPED = {
     "ppo_clip": lambda rho, advantages, logp: -rho * advantages,
     "cispo": lambda rho, advantages, logp: -jax.lax.stop_gradient(rho) * advantages * logp,

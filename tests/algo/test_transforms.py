@@ -21,10 +21,12 @@ DRAWS = {
     "hidden": lambda key: jax.random.normal(key, (N, 3)),
     "unembed": lambda key: jax.random.normal(key, (3, 11)),
     "scalar": lambda key: jax.random.uniform(key),
+    "key": lambda key: key,
 }
 MASK = jnp.arange(T) < jnp.array([5, 3, 0, 4] * 3)[:, None]
 SEGMENTS = jnp.where(jnp.arange(T) < 2, 4, 2) * MASK
 TARGETS = jnp.arange(N) % 11
+CHOOSING = algo.LossConfig(surrogate="clip_cov", clip_cov_low=-5.0, clip_cov_share=0.3, entropy_top=0.5)
 
 
 def loss(config, **fixed):
@@ -32,8 +34,8 @@ def loss(config, **fixed):
 
     def call(logp, old_logp, advantages, ref_logp, sampler_logp, entropy):
         def value(x):
-            more = dict(ref_logp=ref_logp, sampler_logp=sampler_logp, entropy=-entropy, key=jax.random.key(0))
-            return algo.policy_loss(x, old_logp, advantages, MASK, config, **more, **fixed)
+            more = dict(ref_logp=ref_logp, sampler_logp=sampler_logp, entropy=-entropy, key=jax.random.key(0)) | fixed
+            return algo.policy_loss(x, old_logp, advantages, MASK, config, **more)
 
         return jax.value_and_grad(value, has_aux=True)(logp)
 
@@ -89,6 +91,10 @@ CASES |= {
     )
     for name in algo.CORRECTIONS
 }
+CASES["loss clip_cov by key"] = (
+    lambda key, *rest: loss(CHOOSING, key=key)(*rest),
+    ("key", *LOSS),
+)
 CASES |= {
     f"advantages {name}": (estimator(name), ("by_function" if name == "gdpo" else "rewards", "lengths"))
     for name in algo.ADVANTAGES
@@ -107,6 +113,10 @@ CASES |= {
     "gae": (lambda r, v: algo.gae(r, v, MASK), ("row_rewards", "logp")),
     "value_loss": (values, ("logp", "logp", "logp")),
     "denominators": (lambda x: algo.denominators(algo.LossConfig(), x < -0.5, SEGMENTS), ("logp",)),
+    "choose": (
+        lambda key, x, a, h: algo.choose(CHOOSING, MASK, logp=x, advantages=a, entropy=h, key=key),
+        ("key", "logp", "advantages", "logp"),
+    ),
     "adaptive_kl": (lambda b, k: algo.adaptive_kl(b, k, target=0.1, horizon=100, completions=N), ("scalar", "scalar")),
     "adaptive_entropy": (
         lambda c, h: algo.adaptive_entropy(algo.EntropyController(c, jnp.array(True)), h, target=0.5),
@@ -117,8 +127,8 @@ CASES |= {
 
 
 def arguments(name, seed):
-    keys = jax.random.split(jax.random.key(seed), 6)
-    return tuple(DRAWS[kind](key) for kind, key in zip(CASES[name][1], keys, strict=False))
+    keys = jax.random.split(jax.random.key(seed), len(CASES[name][1]))
+    return tuple(DRAWS[kind](key) for kind, key in zip(CASES[name][1], keys, strict=True))
 
 
 def test_every_public_function_is_among_the_cases():
