@@ -1,0 +1,101 @@
+"""Where a model or a dataset lies: what the package ships, a path of this machine, or an id of the Hugging Face hub.
+
+What looks like a path is never looked up on the hub. The hub's own settings hold: HF_HOME and HF_HUB_CACHE (its
+cache), HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+import importlib.resources
+import os
+import re
+from pathlib import Path
+
+SHIPPED = {"model": "model", "train": "train.jsonl", "eval": "eval.jsonl"}
+"""What the package ships for the quickstart, by kind."""
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+"""Files of a model that are downloaded: weights as safetensors, configs, tokenizers, templates; nothing pickled."""
+UNWANTED = ("*/*", "consolidated*")
+"""Copies of the weights in other layouts that some repositories hold besides."""
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def shipped(kind: str) -> Path:
+    """What the package ships for the quickstart.
+
+    Args:
+        kind: a key of ``SHIPPED``.
+
+    Raises:
+        ValueError: the package was installed without it.
+    """
+    path = Path(str(importlib.resources.files("grpo_jax"))) / "quickstart" / SHIPPED[kind]
+    if not path.exists():
+        raise ValueError(f"quickstart: {path} is not there; install grpo_jax again, or name a path of your own")
+    return path
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether it has the form owner/name and does not look like a path of this machine."""
+    return _ID.fullmatch(text) is not None and not text.endswith(
+        (".json", ".jsonl", ".csv", ".parquet", ".safetensors")
+    )
+
+
+def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The directory of a checkpoint, downloaded into the hub's cache where it is a hub id.
+
+    Args:
+        path: "quickstart", a directory, or "owner/name" on the hub.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: no such directory and no such id, one that may not be read, or a hub that cannot be reached.
+    """
+    if str(path) == "quickstart":
+        return shipped("model")
+    place = Path(path).expanduser()
+    if place.is_dir():
+        if revision is not None:
+            raise ValueError(f"model.revision: got {revision!r}, but {str(path)!r} is a directory; leave it out")
+        return place
+    if place.exists():
+        raise ValueError(f"model.path: {str(path)!r} is a file; give the directory of a Hugging Face checkpoint")
+    if not is_hub_id(str(path)):
+        raise ValueError(
+            f"model.path: directory {str(path)!r} does not exist (looked from {Path.cwd()}); give the directory of a "
+            'Hugging Face checkpoint, or a hub id "owner/name"'
+        )
+    return _download(str(path), revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = snapshot_download(
+            name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+        )
+    except Exception as error:
+        raise ValueError(f"model.path: {name!r} is no directory here, and {explain(error, name, revision)}") from error
+    return Path(directory)
+
+
+def explain(error: Exception, name: str, revision: str | None = None) -> str:
+    """What a failed look-up on the hub means, and what to do; to follow "... is no directory here, and"."""
+    from huggingface_hub import constants, errors
+
+    said = " ".join(str(error).split())[:200]
+    if isinstance(error, errors.GatedRepoError):
+        return "on the hub it is gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"on the hub it has no revision {revision!r}; correct model.revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has none of that name, or a private one; correct it, or log in (hf auth login) or set HF_TOKEN"
+    if constants.is_offline_mode():
+        return (
+            "it is not in the hub's cache, while HF_HUB_OFFLINE forbids to download it; download it once without, or "
+            "give a directory"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
+        return f"{constants.ENDPOINT} cannot be reached; check the network, or give a directory"
+    return f"the hub did not give it ({type(error).__name__}: {said}); try again, or give a directory"

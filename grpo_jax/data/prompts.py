@@ -1,0 +1,298 @@
+"""Prompts as token ids, and the order in which a run draws them. Host only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from grpo_jax.config import DataConfig, TrainConfig
+from grpo_jax.data.chat import PromptFormat
+from grpo_jax.data.sources import Kind, Row, check_rows, load_dataset
+from grpo_jax.types import Prompt
+
+BLOCK = 4096
+"""Draws of a mixture whose sources are decided by one generator."""
+
+
+class PromptSet:
+    """Every prompt of a dataset in the order of its file; a request id is the row's number.
+
+    Attributes:
+        prompts: those that are short enough.
+        filtered_count: those that are not.
+        row_count: both together.
+        longest: tokens of the longest prompt that is short enough.
+        report: how many were left out for their length, in words; "" where none was.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        max_prompt_len: int | None = None,
+        prompt_column: str = "prompt",
+        *,
+        form: PromptFormat | None = None,
+        long_prompts: Literal["filter", "error"] = "filter",
+        name: str = "dataset",
+    ) -> None:
+        """Tokenize all rows and leave out, or refuse, what is longer than ``max_prompt_len`` tokens; nothing is cut.
+
+        Raises:
+            ValueError: a row that cannot be encoded, by its number, or no prompt short enough.
+        """
+        form = form or PromptFormat()
+        check_rows(rows, prompt_column if form.template is None else None)
+        encoded = [_prompt(tokenizer, form, row, number, prompt_column) for number, row in enumerate(rows)]
+        lengths = [len(prompt.tokens) for prompt in encoded]
+        if max_prompt_len is not None and min(lengths) > max_prompt_len:
+            raise ValueError(
+                f"data.max_prompt_len: got {max_prompt_len}, but all {len(rows)} prompts are longer, the shortest "
+                f"{min(lengths)} tokens, the longest {max(lengths)}; raise it"
+            )
+        self.row_count = len(encoded)
+        self.prompts = [p for p in encoded if max_prompt_len is None or len(p.tokens) <= max_prompt_len]
+        self.filtered_count = self.row_count - len(self.prompts)
+        self.longest = max(len(prompt.tokens) for prompt in self.prompts)
+        self.report = ""
+        if self.filtered_count:
+            self.report = (
+                f"{name}: {self.filtered_count} of {self.row_count} prompts are longer than data.max_prompt_len = "
+                f"{max_prompt_len} tokens and are left out, the longest has {max(lengths)}"
+            )
+            if long_prompts == "error":
+                first = next(prompt.request_id for prompt in encoded if len(prompt.tokens) > (max_prompt_len or 0))
+                said = self.report.replace(" and are left out", "")
+                raise ValueError(f'{said}, the first is row {first}; raise it, or set data.long_prompts = "filter"')
+
+    def __len__(self) -> int:
+        """Number of prompts short enough."""
+        return len(self.prompts)
+
+
+class PromptStream:
+    """Prompts for training, epoch after epoch, each epoch every row once in an order of its own.
+
+    The order of an epoch is a function of (seed, epoch, number of the dataset) alone, and where a run stands is one
+    integer, the number of prompts drawn. A batch may begin in one epoch and end in the next.
+
+    Of several datasets each draw takes one, with a chance in proportion to its weight: a function of (seed, draw).
+    Each is gone through in epochs of its own, so a small one with a large weight is repeated more often.
+
+    The request id of a prompt is ``epoch * rows + row``, with row its place in all datasets, one behind the other, and
+    rows their length together, so it does not depend on what was filtered, on the batch size or on the order.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[PromptSet],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int,
+        prompts_per_step: int,
+        shuffle: bool = True,
+        max_prompt_len: int | None = None,
+        prompt_column: str = "prompt",
+    ) -> None:
+        """Stand before the first draw.
+
+        Args:
+            sets: the datasets, at least one.
+            weights: one above 0 for each; None weighs all alike.
+            seed: at least 0.
+            prompts_per_step: how many ``next`` gives, at least 1.
+            shuffle: False draws every epoch in the order of the file.
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        if not isinstance(sets[0], PromptSet):
+            sets, weights = [PromptSet(sets, weights, max_prompt_len, prompt_column)], None
+        weights = [1.0] * len(sets) if weights is None else weights
+        if not sets or len(weights) != len(sets) or not all(0 < w < np.inf for w in weights):
+            raise ValueError(
+                f"data.train: got {len(sets)} datasets with weights {list(weights)}; give each one above 0"
+            )
+        if seed < 0:
+            raise ValueError(f"seed: got {seed}, but a seed is at least 0; use 0")
+        if prompts_per_step < 1:
+            raise ValueError(f"prompts_per_step: got {prompts_per_step}, but a step needs a prompt; use at least 1")
+        starts = np.cumsum([0, *(part.row_count for part in sets)])
+        self._row_count = int(starts[-1])
+        self._parts = [_Part(part, int(starts[n]), seed, n, shuffle) for n, part in enumerate(sets)]
+        self._kept = {start + p.request_id: p for start, part in zip(starts, sets, strict=False) for p in part.prompts}
+        self._choices = _Choices(seed, weights)
+        self._count = prompts_per_step
+        self._cursor = 0
+        self.filtered_count = sum(part.filtered_count for part in sets)
+        """Prompts left out because they are too long."""
+        self.longest = max(part.longest for part in sets)
+        """Tokens of the longest prompt that is drawn."""
+        self.reports = tuple(part.report for part in sets if part.report)
+        """What was left out, in words, a line for each dataset that has such prompts."""
+
+    def __len__(self) -> int:
+        """Prompts that can be drawn; with one dataset, those of an epoch."""
+        return len(self._kept)
+
+    def next(self, count: int | None = None) -> list[Prompt]:
+        """The next ``count`` prompts; None is ``prompts_per_step``."""
+        count = self._count if count is None else count
+        batch = [self._at(draw) for draw in range(self._cursor, self._cursor + count)]
+        self._cursor += count
+        return batch
+
+    def by_request(self, request_id: int) -> Prompt:
+        """The prompt that was drawn under a request id."""
+        return replace(self._kept[request_id % self._row_count], request_id=request_id)
+
+    def state(self) -> int:
+        """How many prompts were drawn: all there is to save."""
+        return self._cursor
+
+    def restore(self, cursor: int) -> None:
+        """Go on from a ``state``.
+
+        Raises:
+            ValueError: below 0.
+        """
+        if cursor < 0:
+            raise ValueError(f"prompt cursor: got {cursor}, but it counts prompts drawn; use what state() returned")
+        self._cursor = cursor
+
+    def _at(self, draw: int) -> Prompt:
+        number, place = self._choices(draw)
+        epoch, row = self._parts[number].at(place)
+        return self.by_request(epoch * self._row_count + row)
+
+
+class _Part:
+    """One dataset of a stream: which row its draws give."""
+
+    def __init__(self, part: PromptSet, start: int, seed: int, number: int, shuffle: bool) -> None:
+        self._kept = np.array([prompt.request_id for prompt in part.prompts])
+        self._row_count, self._start, self._shuffle = part.row_count, start, shuffle
+        self._seed, self._number = seed, number
+        self._order: tuple[int, np.ndarray] = (-1, self._kept)
+
+    def at(self, place: int) -> tuple[int, int]:
+        """Epoch, and row among all datasets, of its draw number ``place``."""
+        epoch, within = divmod(place, len(self._kept))
+        if self._order[0] != epoch:
+            self._order = (epoch, self._shuffled(epoch) if self._shuffle else self._kept)
+        return epoch, self._start + int(self._order[1][within])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """Rows in the order of an epoch; raw Philox words are ranked, as NumPy fixes these for all its versions.
+
+        The entropy of the first dataset, [seed, epoch, 0], is that of [seed, epoch]: the sequence is padded with 0.
+        """
+        entropy = np.random.SeedSequence([self._seed, epoch, self._number])
+        order = np.argsort(np.random.Philox(entropy).random_raw(self._row_count), kind="stable")
+        return order[np.isin(order, self._kept)]
+
+
+class _Choices:
+    """Which dataset each draw takes, and how many draws took it before; from one Philox word a draw."""
+
+    def __init__(self, seed: int, weights: Sequence[float]) -> None:
+        self._seed = seed
+        self._bounds = np.cumsum(np.asarray(weights, np.float64) / np.sum(weights))[:-1]
+        self._numbers = np.zeros(0, np.int64)
+        self._places = np.zeros(0, np.int64)
+        self._taken = np.zeros(len(weights), np.int64)
+
+    def __call__(self, draw: int) -> tuple[int, int]:
+        if not len(self._bounds):
+            return 0, draw
+        while draw >= len(self._numbers):
+            self._grow()
+        return int(self._numbers[draw]), int(self._places[draw])
+
+    def _grow(self) -> None:
+        """Decide the next block of draws."""
+        entropy = np.random.SeedSequence([self._seed, len(self._numbers) // BLOCK, 0, 1])
+        uniform = (np.random.Philox(entropy).random_raw(BLOCK) >> np.uint64(11)) * 2.0**-53
+        numbers = np.searchsorted(self._bounds, uniform, side="right")
+        places = np.zeros(BLOCK, np.int64)
+        for number in range(len(self._taken)):
+            chosen = numbers == number
+            places[chosen] = self._taken[number] + np.arange(chosen.sum())
+            self._taken[number] += chosen.sum()
+        self._numbers, self._places = np.append(self._numbers, numbers), np.append(self._places, places)
+
+
+def training_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) -> PromptStream:
+    """What a run trains on, as ``data.*`` says.
+
+    Args:
+        config: of the run.
+        tokenizer: of its model.
+        source: instead of ``data.train``: one source as `load_dataset` takes it, or a mapping of names to weights.
+
+    Raises:
+        ValueError: as `load_dataset`, `PromptFormat` and `PromptSet`.
+    """
+    source = config.data.train if source is None else source
+    form = PromptFormat.from_config(config.data)
+    weights = dict(source) if _is_mixture(source) else None
+    sets = [_load(part, "train", config.data, tokenizer, form) for part in (weights or [source])]
+    return PromptStream(
+        sets,
+        None if weights is None else list(weights.values()),
+        seed=config.seed,
+        prompts_per_step=config.rollout.prompts_per_step,
+        shuffle=config.data.shuffle,
+    )
+
+
+def held_out_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) -> dict[str, PromptSet]:
+    """What a run is judged by, as ``data.*`` says: the sets by name, none where there is no evaluation.
+
+    Args:
+        config: of the run; of each set the first ``eval.prompts`` rows are taken.
+        tokenizer: of its model.
+        source: instead of ``data.eval``: one source as `load_dataset` takes it, or a mapping of names to sources
+            (a ``datasets.DatasetDict`` is one).
+
+    Raises:
+        ValueError: as `load_dataset`, `PromptFormat` and `PromptSet`.
+    """
+    source = config.data.eval if source is None else source
+    if source is None:
+        return {}
+    form = PromptFormat.from_config(config.data)
+    named = source if isinstance(source, Mapping) else {"eval": source}
+    most = config.eval.prompts
+    return {name: _load(part, "eval", config.data, tokenizer, form, most) for name, part in named.items()}
+
+
+def _load(
+    source: Any, kind: Kind, config: DataConfig, tokenizer: Any, form: PromptFormat, most: int | None = None
+) -> PromptSet:
+    column = config.prompt_column if form.template is None else None
+    rows = load_dataset(source, prompt_column=column, rename_columns=config.rename_columns, kind=kind)[:most]
+    name = source if isinstance(source, str) else f"data.{kind}"
+    return PromptSet(
+        rows,
+        tokenizer,
+        config.max_prompt_len,
+        config.prompt_column,
+        form=form,
+        long_prompts=config.long_prompts,
+        name=name,
+    )
+
+
+def _is_mixture(source: Any) -> bool:
+    return isinstance(source, Mapping) and all(isinstance(weight, int | float) for weight in source.values())
+
+
+def _prompt(tokenizer: Any, form: PromptFormat, row: Row, number: int, column: str) -> Prompt:
+    try:
+        text = form.prompt(row, column)
+        tokens = form.encode(tokenizer, text)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
+    return Prompt(number, tokens, text, {name: value for name, value in row.items() if name != column})
