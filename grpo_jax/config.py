@@ -4,35 +4,28 @@ Every field's docstring is its help on the command line. TOML has no null, so an
 the string "none", in files and on the command line.
 """
 
-import dataclasses
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self
 
 import tomli_w
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    create_model,
     model_validator,
 )
 
-from grpo_jax.algo.spec import PRESETS, Advantage, LossConfig, Preset
+from grpo_jax.algo.spec import LossConfig
 from grpo_jax.config_fields import explain
+from grpo_jax.config_learning import AlgorithmConfig, CriticConfig, OptimConfig, Section
+from grpo_jax.config_refusals import refusals
+from grpo_jax.functions import load_function
 
 Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """A frozen table of the configuration that refuses fields it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -89,7 +82,7 @@ class RolloutConfig(Section):
 
     prompts_per_step: PositiveInt = 32
     """Prompts of one step (Q)."""
-    num_samples: int = Field(default=8, ge=2)
+    num_samples: PositiveInt = 8
     """Completions of each prompt (G); group-relative advantages need at least 2."""
     max_new_tokens: PositiveInt = 256
     """Longest completion in tokens, its stop token included."""
@@ -103,54 +96,6 @@ class RolloutConfig(Section):
     """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
 
 
-def _loss_section() -> type[Section]:
-    """LossConfig's fields as a table, documented from its metadata; the run itself knows the completion length."""
-    types = get_type_hints(LossConfig)
-    fields = [f for f in dataclasses.fields(LossConfig) if f.name != "max_completion_len"]
-    declared: Any = {f.name: (types[f.name], Field(f.default, description=f.metadata["doc"])) for f in fields}
-    return create_model("LossSection", __base__=Section, __doc__="The loss, field by field.", **declared)
-
-
-LossSection = _loss_section()
-
-
-class AlgorithmConfig(Section):
-    """The algorithm: a preset, and what is to differ from it."""
-
-    preset: Preset = "grpo"
-    """Named recipe; it fills every field of this table and of algorithm.loss that is not given."""
-    advantage: Advantage = "grpo"
-    """How rewards [Q, G] become advantages; docs/MATH.md, section 1."""
-    ddof: Literal[0, 1] = 1
-    """Degrees of freedom taken from the count in a group's standard deviation."""
-    eps: NonNegativeFloat = 1e-4
-    """Added to a group's standard deviation, in units of reward."""
-    overlong_filter: bool = False
-    """Leave completions that were cut at the limit out of the loss."""
-    soft_overlong: bool = False
-    """Add DAPO's penalty, 0 to -1, to the reward of completions near rollout.max_new_tokens."""
-    overlong_buffer_len: PositiveInt | None = None
-    """Length of the soft overlong ramp in tokens; none: a fifth of rollout.max_new_tokens."""
-    dynamic_sampling: bool = False
-    """Drop groups whose rewards do not differ and sample on until the batch is full (DAPO)."""
-    max_rounds: PositiveInt = 4
-    """Rounds of sampling a step may take under dynamic_sampling; then it trains on what there is."""
-    spread_of: str | None = None
-    """Reward function whose answers must differ under dynamic_sampling; none: the weighted sum of all."""
-    loss: LossSection = LossSection()  # type: ignore[valid-type]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        recipe = PRESETS.get(values.get("preset", "grpo")) if isinstance(values, dict) else None
-        if recipe is None:
-            return values  # the field's own check names the legal presets
-        own = {name: getattr(recipe, name) for name in cls.model_fields if hasattr(recipe, name) and name != "loss"}
-        loss = {name: getattr(recipe.loss, name) for name in LossSection.model_fields}
-        given = values.get("loss", {})
-        return own | values | {"loss": loss | given if isinstance(given, dict) else given}
-
-
 class RewardConfig(Section):
     """What a completion is paid for."""
 
@@ -162,33 +107,6 @@ class RewardConfig(Section):
     """Longest time one batch may take in a function before its process is killed."""
     memory_limit_mb: PositiveInt | None = 2048
     """Address space of a reward's process in MiB; none is no limit."""
-
-
-class OptimConfig(Section):
-    """The optimizer: AdamW behind a global-norm clip."""
-
-    learning_rate: NonNegativeFloat = 1e-6
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last update."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Updates over which the learning rate rises linearly from 0."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of matrices; norms and biases have none."""
-    max_grad_norm: PositiveFloat | None = 1.0
-    """Global norm to which the gradient is clipped."""
-    epochs: PositiveInt = 1
-    """Passes over each rollout (mu)."""
-    minibatches: PositiveInt = 1
-    """Optimizer updates in each pass; each takes an equal share of the prompts."""
-    microbatch_rows: PositiveInt | None = None
-    """Rows whose activations are alive at once; none: all rows of an update. Changes memory, never the gradient."""
 
 
 class BatchConfig(Section):
@@ -275,28 +193,43 @@ class TrainConfig(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward: RewardConfig = RewardConfig()
     optim: OptimConfig = OptimConfig()
+    critic: CriticConfig = CriticConfig()
     batch: BatchConfig = BatchConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     log: LogConfig = LogConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _correct_for_bfloat16(cls, values: Any) -> Any:
+        """In bfloat16 sampler and learner differ by rounding: truncated importance sampling, unless said otherwise."""
+        tables = values if isinstance(values, dict) else {}
+        model, algorithm = (tables.get(name, {}) for name in ("model", "algorithm"))
+        if not isinstance(model, dict) or not isinstance(algorithm, dict) or model.get("dtype") != "bfloat16":
+            return values
+        loss = algorithm.get("loss", {})
+        if not isinstance(loss, dict) or "correction" in loss:
+            return values
+        return tables | {"algorithm": algorithm | {"loss": loss | {"correction": "tis"}}}
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        try:
-            self.loss.check_updates(self.updates_per_step)
-        except ValueError as error:
-            raise ValueError(f"algorithm.loss: {error}") from error
-        for field, wrong, why in _refusals(self):
+        if ":" in self.algorithm.advantage:
+            _at("algorithm.advantage", lambda: load_function(self.algorithm.advantage))
+        _at("algorithm.loss", lambda: self.loss.check_updates(self.updates_per_step))
+        for field, wrong, why in refusals(self):
             if wrong:
                 raise ValueError(f"{field}: {why}")
         return self
 
     @property
     def loss(self) -> LossConfig:
-        """What the learner minimises, its completion length that of the rollout."""
+        """What the learner minimises: its completion length that of the rollout, a surrogate of the user's loaded."""
         table: dict[str, Any] = self.algorithm.model_dump()["loss"]
         length = self.rollout.max_new_tokens if table["aggregation"] == "constant" else None
+        if ":" in table["surrogate"]:
+            table["surrogate"] = load_function(table["surrogate"])
         return LossConfig(**table, max_completion_len=length)
 
     @property
@@ -341,6 +274,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not TOML: {error}. Configs are TOML: `key = value` under [tables].") from error
 
 
+def _at(path: str, check: Callable[[], Any]) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _string_to_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _string_to_none(item) for key, item in value.items()}
@@ -351,66 +291,3 @@ def _none_to_string(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _none_to_string(item) for key, item in value.items()}
     return "none" if value is None else value
-
-
-def _refusals(config: TrainConfig) -> list[tuple[str, bool, str]]:
-    """(dotted path, is it wrong, got / why / do) for what one field alone cannot show."""
-    rollout, optim, loss, reward = config.rollout, config.optim, config.loss, config.reward
-    later = {"gae": "a critic", "remax": "a greedy completion", "gdpo": "rewards by function", "pass_at_k": "its k"}
-    statistics = loss.surrogate in ("clip_cov", "kl_cov") or loss.entropy_top < 1.0
-    return [
-        (
-            "optim.minibatches",
-            rollout.prompts_per_step % optim.minibatches != 0,
-            f"got {optim.minibatches}, which does not divide rollout.prompts_per_step = {rollout.prompts_per_step}; "
-            "every update must take the same share. Choose a divisor.",
-        ),
-        (
-            "reward.weights",
-            reward.weights is not None and len(reward.weights) != len(reward.functions),
-            f"got {len(reward.weights or ())} weights for {len(reward.functions)} functions. Give one a function.",
-        ),
-        (
-            "algorithm.spread_of",
-            config.algorithm.spread_of is not None and config.algorithm.spread_of not in reward.functions,
-            f"got {config.algorithm.spread_of!r}, which is none of reward.functions = {list(reward.functions)}. "
-            "Name one of them, or leave it out.",
-        ),
-        (
-            "reward.functions",
-            not reward.functions,
-            "got none; without a reward there is nothing to learn. Name at least one.",
-        ),
-        (
-            "batch.row_len",
-            config.batch.row_len is not None and config.batch.rows == "padded",
-            "is for packed and group rows; padded rows need no length of their own. Leave it out.",
-        ),
-        (
-            "output_dir",
-            config.mesh.distributed and config.output_dir is None,
-            "got none, and processes that each choose a directory would not meet. Name one on a disk all hosts share.",
-        ),
-        (
-            "algorithm.advantage",
-            config.algorithm.advantage in later,
-            f"got {config.algorithm.advantage!r}, which needs {later.get(config.algorithm.advantage)} in the run, and "
-            "the run has none yet; grpo_jax.algo computes it as a function. Choose another.",
-        ),
-        (
-            "algorithm.loss.surrogate",
-            statistics,
-            "clip_cov, kl_cov and entropy_top < 1 need statistics of the whole step, which the run does not hand in "
-            "yet; grpo_jax.algo computes them as functions. Choose another.",
-        ),
-        (
-            "algorithm.loss.kl_in_reward",
-            loss.kl_in_reward,
-            "the run does not subtract the KL from the reward yet. Set it false; kl_coef is then the KL in the loss.",
-        ),
-        (
-            "rollout.top_k",
-            rollout.top_k is not None and rollout.top_k < 2,
-            "got 1, which leaves nothing to choose. Use rollout.temperature or a larger k.",
-        ),
-    ]

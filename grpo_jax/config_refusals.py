@@ -1,0 +1,215 @@
+"""What no single field of a configuration can show to be wrong: got, why, do, by dotted path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grpo_jax.config_learning import CriticConfig
+
+if TYPE_CHECKING:
+    from grpo_jax.config import TrainConfig
+
+Refusal = tuple[str, bool, str]
+"""(dotted path, is it wrong, got / why / do)"""
+
+ALONE = ("raw", "batch_mean", "reinforce_pp", "remax", "gae")
+"""Estimators that make an advantage of a group of one sample."""
+PER_SEQUENCE = ("gmpo", "vespo")
+"""Surrogates whose advantage must be the same for all tokens of a completion."""
+
+
+def refusals(config: TrainConfig) -> list[Refusal]:
+    """Every combination that cannot run or means nothing, and whether this config has it."""
+    return [
+        *_shape(config),
+        *_rewards(config),
+        *_advantages(config),
+        *_critic(config),
+        *_moving(config),
+        *_later(config),
+    ]
+
+
+def _shape(config: TrainConfig) -> list[Refusal]:
+    rollout, optim = config.rollout, config.optim
+    return [
+        (
+            "optim.minibatches",
+            rollout.prompts_per_step % optim.minibatches != 0,
+            f"got {optim.minibatches}, which does not divide rollout.prompts_per_step = {rollout.prompts_per_step}; "
+            "every update must take the same share. Choose a divisor.",
+        ),
+        (
+            "batch.row_len",
+            config.batch.row_len is not None and config.batch.rows == "padded",
+            "is for packed and group rows; padded rows need no length of their own. Leave it out.",
+        ),
+        (
+            "output_dir",
+            config.mesh.distributed and config.output_dir is None,
+            "got none, and processes that each choose a directory would not meet. Name one on a disk all hosts share.",
+        ),
+        (
+            "rollout.top_k",
+            rollout.top_k is not None and rollout.top_k < 2,
+            "got 1, which leaves nothing to choose. Use rollout.temperature or a larger k.",
+        ),
+    ]
+
+
+def _rewards(config: TrainConfig) -> list[Refusal]:
+    algorithm, reward, rollout = config.algorithm, config.reward, config.rollout
+    return [
+        (
+            "reward.weights",
+            reward.weights is not None and len(reward.weights) != len(reward.functions),
+            f"got {len(reward.weights or ())} weights for {len(reward.functions)} functions. Give one a function.",
+        ),
+        (
+            "reward.functions",
+            not reward.functions,
+            "got none; without a reward there is nothing to learn. Name at least one.",
+        ),
+        (
+            "algorithm.spread_of",
+            algorithm.spread_of is not None and algorithm.spread_of not in reward.functions,
+            f"got {algorithm.spread_of!r}, which is none of reward.functions = {list(reward.functions)}. "
+            "Name one of them, or leave it out.",
+        ),
+        (
+            "algorithm.dynamic_sampling",
+            algorithm.dynamic_sampling and rollout.num_samples < 2,
+            "drops groups whose rewards do not differ, and those of rollout.num_samples = 1 never do. Sample more, or "
+            "switch it off.",
+        ),
+        (
+            "algorithm.overlong_buffer_len",
+            algorithm.overlong_buffer_len is not None
+            and (not algorithm.soft_overlong or algorithm.overlong_buffer_len > rollout.max_new_tokens),
+            f"got {algorithm.overlong_buffer_len} with soft_overlong = {algorithm.soft_overlong} and completions of up "
+            f"to {rollout.max_new_tokens} tokens; it is the length of soft_overlong's ramp before that limit. Switch "
+            "soft_overlong on and choose at most the limit, or leave it out.",
+        ),
+        (
+            "algorithm.soft_overlong",
+            algorithm.soft_overlong and algorithm.advantage == "gdpo",
+            "is added to the weighted sum of rewards, and gdpo looks at each function apart. Add the reward function "
+            '"soft_overlong" instead.',
+        ),
+        (
+            "algorithm.reward_clip",
+            algorithm.reward_clip is not None and algorithm.advantage == "gdpo",
+            "clips the weighted sum of rewards, and gdpo looks at each function apart. Clip inside the functions.",
+        ),
+    ]
+
+
+def _advantages(config: TrainConfig) -> list[Refusal]:
+    algorithm, rollout, k = config.algorithm, config.rollout, config.algorithm.pass_k
+    grouped = ":" not in algorithm.advantage and algorithm.advantage not in ALONE
+    return [
+        (
+            "rollout.num_samples",
+            grouped and rollout.num_samples < 2,
+            f"got 1, and the advantage {algorithm.advantage!r} compares the samples of a prompt with each other. "
+            f"Sample at least 2, or use one of {', '.join(ALONE)}.",
+        ),
+        (
+            "algorithm.pass_k",
+            (algorithm.advantage == "pass_at_k") != (k is not None),
+            f"got {'none' if k is None else k} with the advantage {algorithm.advantage!r}; it is the k of pass_at_k, "
+            "which needs it, and of nothing else. Give it with pass_at_k only.",
+        ),
+        (
+            "algorithm.pass_k",
+            k is not None and k > rollout.num_samples,
+            f"got {k} with rollout.num_samples = {rollout.num_samples}; a smaller group has no subset of k samples. "
+            "Lower it or sample more.",
+        ),
+        (
+            "algorithm.weight",
+            algorithm.weight == "tokens" and algorithm.advantage not in ("reinforce_pp", "reinforce_pp_baseline"),
+            f"got 'tokens' with the advantage {algorithm.advantage!r}; it says how reinforce_pp and "
+            "reinforce_pp_baseline whiten. Leave it out.",
+        ),
+        (
+            "algorithm.whiten",
+            algorithm.whiten and not algorithm.has_critic,
+            f"whitens gae's advantages, and the advantage is {algorithm.advantage!r}. Set it false.",
+        ),
+        (
+            "algorithm.gamma",
+            (algorithm.gamma, algorithm.lam) != (1.0, 0.95) and not algorithm.has_critic,
+            f"gamma and lam are gae's, and the advantage is {algorithm.advantage!r}. Leave them out.",
+        ),
+    ]
+
+
+def _critic(config: TrainConfig) -> list[Refusal]:
+    algorithm, critic, loss = config.algorithm, config.critic, config.loss
+    return [
+        (
+            "critic",
+            not algorithm.has_critic and critic != CriticConfig(),
+            f"is the table of gae's critic, and the advantage is {algorithm.advantage!r}. Leave the table out, or set "
+            "algorithm.advantage to gae.",
+        ),
+        (
+            "critic.value_coef",
+            not critic.shared_trunk and critic.value_coef != CriticConfig().value_coef,
+            "scales the value loss on a shared trunk; a critic with a transformer of its own has learning_rate for "
+            "that. Leave it out, or set critic.shared_trunk.",
+        ),
+        (
+            "algorithm.loss",
+            algorithm.has_critic and (loss.ratio_level != "token" or loss.surrogate in PER_SEQUENCE),
+            f"surrogate {loss.surrogate!r} at ratio_level {loss.ratio_level!r} has one weight for a whole completion, "
+            "and gae gives each token an advantage of its own. Use a token ratio, such as ppo_clip's.",
+        ),
+    ]
+
+
+def _moving(config: TrainConfig) -> list[Refusal]:
+    """The KL in the reward, and what moves from step to step."""
+    algorithm, loss = config.algorithm, config.loss
+    without = "and algorithm.loss.kl_coef is 0, so that there is no reference model. Give kl_coef a value"
+    entropy = algorithm.adaptive_entropy
+    return [
+        ("algorithm.loss.kl_in_reward", loss.kl_in_reward and loss.kl_coef == 0, f"is set, {without}."),
+        (
+            "algorithm.loss.kl_in_reward",
+            loss.kl_in_reward and algorithm.advantage == "gdpo",
+            "takes the KL from the weighted sum of rewards, and gdpo looks at each function apart. Set it false: the "
+            "KL is then in the loss.",
+        ),
+        (
+            "algorithm.adaptive_kl.target",
+            algorithm.adaptive_kl.target is not None and loss.kl_coef == 0,
+            f"is the KL that kl_coef is steered by, {without} to start from.",
+        ),
+        (
+            "algorithm.adaptive_entropy",
+            entropy.target is not None and not entropy.low <= loss.entropy_coef <= entropy.high,
+            f"keeps the coefficient from {entropy.low} to {entropy.high}, and algorithm.loss.entropy_coef starts it "
+            f"at {loss.entropy_coef}. Start within the bounds.",
+        ),
+        (
+            "algorithm.reference_follow.every",
+            algorithm.reference_follow.every is not None and loss.kl_coef == 0,
+            f"moves the reference model, {without}.",
+        ),
+    ]
+
+
+def _later(config: TrainConfig) -> list[Refusal]:
+    algorithm, loss = config.algorithm, config.loss
+    later = "is on its way into the run. Choose another."
+    return [
+        ("algorithm.advantage", algorithm.advantage in ("gae", "remax", "gdpo", "pass_at_k"), later),
+        ("algorithm.advantage", ":" in algorithm.advantage, later),
+        ("algorithm.loss.surrogate", loss.chooses, later),
+        ("algorithm.loss.kl_in_reward", loss.kl_in_reward, later),
+        ("algorithm.adaptive_kl.target", algorithm.adaptive_kl.target is not None, later),
+        ("algorithm.adaptive_entropy.target", algorithm.adaptive_entropy.target is not None, later),
+        ("algorithm.reference_follow.every", algorithm.reference_follow.every is not None, later),
+    ]
