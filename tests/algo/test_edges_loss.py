@@ -226,6 +226,27 @@ def test_off_policy_threshold(sampler, kept):
     assert one_token(config, 0.0, 1.0, sampler_logp=sampler)[1] == -1.0
 
 
+def test_the_drift_that_the_threshold_judges_is_not_clamped():
+    config = algo.LossConfig(off_policy_threshold=50.0)
+    assert one_token(config, 0.0, -1.0, sampler_logp=60.0)[1] == 0.0
+    assert one_token(config, 0.0, -1.0, sampler_logp=40.0)[1] == 1.0
+
+
+def test_a_sample_without_a_reward_counts_and_carries_the_kl():
+    """Its advantage is 0: nothing of the policy term, but its tokens and its sequence stay in every denominator."""
+    step = make_step(9, (2, 7), masked="none")
+    advantages = algo.group_advantages(jnp.array([[1.0, jnp.nan, 0.0]]), estimator="dr_grpo")[0, :2]
+    assert advantages.tolist() == [0.5, 0.0]
+    arrays = arrays_of(dataclasses.replace(step, advantages=np.asarray(advantages, float)))
+    for aggregation, count in (("token_mean", 14), ("seq_mean_token_sum", 2)):
+        config = algo.LossConfig(clip_low=None, clip_high=None, aggregation=aggregation)
+        _, slope, _ = evaluate(config, arrays)
+        np.testing.assert_allclose(slope[0], -0.5 * np.exp(step.logp[0] - step.old_logp[0]) / count, rtol=1e-5)
+        assert (slope[1] == 0).all()
+        _, slope, _ = evaluate(dataclasses.replace(config, kl_coef=0.1, kl_estimator="k2"), arrays)
+        np.testing.assert_allclose(slope[1], 0.1 * (step.logp[1] - step.ref_logp[1]) / count, rtol=1e-4, atol=1e-8)
+
+
 def test_vespo_weight_is_one_on_policy_and_has_its_maximum_where_stated():
     config = algo.LossConfig(surrogate="vespo")
     assert one_token(config, 0.0, 1.0)[1] == pytest.approx(-1.0, rel=1e-12)

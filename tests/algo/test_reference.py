@@ -135,6 +135,24 @@ def test_advantages_in_low_precision(name, dtype, seed, kind):
     assert_close(got, SIMPLE[name](rounded, valid), FLOAT32)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@few(10)
+@given(seed=st.integers(0, 2**31), kind=st.sampled_from(REWARD_KINDS))
+def test_advantages_with_options_in_low_precision(dtype, seed, kind):
+    each, answered = make_rewards(seed, (2, 3, 5), kind)
+    each = np.asarray(each.astype(dtype), np.float64)
+    rewards, valid, greedy = each[0], answered[0], each[1, :, 0]
+    lengths = np.random.default_rng(seed).integers(0, 9, (3, 5))
+    weights = (1.0, 0.5)
+    for name, given_rewards, there, options, expected in (
+        ("remax", rewards, valid, {"greedy": jnp.asarray(greedy)}, slow.remax(rewards, valid, greedy)),
+        ("opo", rewards, valid, {"lengths": jnp.asarray(lengths)}, slow.opo(rewards, valid, lengths)),
+        ("pass_at_k", rewards, valid, {"k": 2}, slow.pass_at_k(rewards, valid, 2)),
+        ("gdpo", each, answered, {"weights": jnp.asarray(weights)}, slow.gdpo(each, answered, weights)),
+    ):
+        assert_close(advantages(name, given_rewards, dtype, valid=there, **options), expected, FLOAT32)
+
+
 # Rewards.
 
 
