@@ -101,6 +101,8 @@ class RewardConfig(Section):
 
     functions: tuple[str, ...] = ("quickstart",)
     """Built-in names, "module:function" or "path/file.py:function"; each runs in a process of its own."""
+    options: dict[str, dict[str, Any]] = {}
+    """Parameters of a function, by its name and theirs, such as regex.pattern; a function named twice is regex_2."""
     weights: tuple[FiniteFloat, ...] | None = None
     """One weight a function; none weighs each 1."""
     timeout_seconds: PositiveFloat = 30.0
@@ -142,6 +144,9 @@ class CheckpointConfig(Section):
 
 class MeshConfig(Section):
     """How devices are arranged; -1 takes those that remain."""
+
+    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    """Kind of device the run must have, lest one meant for a GPU crawls on the CPU; none: what jax finds."""
 
     data: int = -1
     """Devices over which rows are split and parameters repeated."""

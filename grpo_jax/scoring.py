@@ -13,7 +13,7 @@ from grpo_jax import algo
 from grpo_jax.config import AlgorithmConfig, TrainConfig
 from grpo_jax.data import decode
 from grpo_jax.mesh import from_first
-from grpo_jax.rewards import RewardPool
+from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.types import Prompt, Rollout
 
 
@@ -110,19 +110,33 @@ class Scorer:
     stop_ids: frozenset[int]
     config: TrainConfig
 
-    def rewards(self, prompts: list[Prompt], rollout: Rollout) -> Answers:
-        """Completions as text, and what the functions say; columns of the data set arrive repeated per sample."""
+    def rewards(self, prompts: list[Prompt], rollout: Rollout, state: TrainerState | None = None) -> Answers:
+        """Completions as text, and what the functions say of them.
+
+        To the functions, columns of the data set arrive repeated per sample, and the completion of a prompt that is
+        chat messages as one message of the assistant.
+
+        Args:
+            prompts: Q prompts.
+            rollout: their samples.
+            state: how far the run is, for functions that look at it; None for before its first step.
+        """
         samples = rollout.tokens.shape[0] // len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         ids = [rollout.completion_ids(n) for n in range(len(repeated))]
         texts = [decode(self.tokenizer, row, self.stop_ids) for row in ids]
+        if self.pool is None:
+            nothing = np.zeros((len(self.config.reward.functions), len(repeated)), np.float32)
+            return Answers(texts, from_first(nothing))
         names = sorted({name for prompt in prompts for name in prompt.columns or {}})
         columns = {name: [(prompt.columns or {}).get(name) for prompt in repeated] for name in names}
-        by_function, warnings = np.zeros((len(self.config.reward.functions), len(repeated))), tuple[str, ...]()
-        if self.pool is not None:
-            scores = self.pool.score([prompt.text for prompt in repeated], texts, ids, columns)
-            by_function, warnings = scores.rewards, scores.warnings
-        return Answers(texts, from_first(by_function.astype(np.float32)), warnings)
+        said: list[Any] = [
+            text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(repeated, texts, strict=True)
+        ]
+        scores = self.pool.score([prompt.text for prompt in repeated], said, ids, columns, state)
+        by_function = from_first(scores.rewards.astype(np.float32))
+        return Answers(texts, by_function, scores.warnings, scores.extra, scores.metrics)
 
     def spread(self, answers: Answers, prompt_count: int) -> np.ndarray:
         """[Q] bool: the group's weighted rewards, before shaping, differ (or those of ``algorithm.spread_of``)."""

@@ -1,23 +1,42 @@
-"""Reward 1 for an answer that can be found."""
+"""Reward 1 for reasoning and answer in their tags."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.rewards.answers import completion_text, marked_answer
+from grpo_jax.rewards.answers import completion_text, thought_and_rest
 
 
 def answer_format(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     completion_ids: Sequence[Sequence[int]],
+    *,
+    opened: bool = False,
     **columns: Any,
 ) -> list[float | None]:
-    r"""1.0 where the completion marks a final answer, right or wrong, else 0.0.
+    """1.0 where the whole completion is ``<think>...</think> <answer>...</answer>``, else 0.0.
 
-    An answer is marked by ``####``, ``\boxed{}``, ``=`` or ``Answer:`` with something behind or inside it
-    (``answers.marked_answer``).
+    Each tag stands there once, neither part is empty, and there is only white space around them
+    (DeepSeek-R1-Zero's form, arXiv 2501.12948, table 1).
 
-    >>> answer_format(["3+4"] * 3, ["3+4 = 9", "seven", "Answer:"], [[], [], []])
+    Args:
+        prompts: not looked at.
+        completions: [N] strings or lists of messages.
+        completion_ids: not looked at.
+        opened: the prompt ends with ``<think>`` already (some chat templates write it), so the completion must not.
+        **columns: not looked at.
+
+    >>> said = ["<think>3+4</think> <answer>7</answer>", "<think>3+4</think> 7", "<answer>7</answer>"]
+    >>> answer_format(["3+4"] * 3, said, [[]] * 3)
     [1.0, 0.0, 0.0]
     """
-    return [0.0 if marked_answer(completion_text(completion)) is None else 1.0 for completion in completions]
+    return [1.0 if _fits(completion_text(completion), opened) else 0.0 for completion in completions]
+
+
+def _fits(text: str, opened: bool) -> bool:
+    parts = thought_and_rest(text, opened)
+    if parts is None or not parts[0] or "<answer>" in parts[0]:
+        return False
+    opening, answer, closing = parts[1][:8], parts[1][8:-9], parts[1][-9:]
+    tags = (opening, closing) == ("<answer>", "</answer>") and "<answer>" not in answer and "</answer>" not in answer
+    return tags and bool(answer.strip())

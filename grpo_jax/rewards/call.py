@@ -5,15 +5,13 @@ Used on both sides of the pipe, so it imports only the standard library.
 
 import math
 import reprlib
-import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, SupportsFloat
 
-from grpo_jax.rewards.lookup import Reward
-
-RESERVED = ("prompts", "completions", "completion_ids")
-"""Argument names that a dataset's column cannot have."""
+from grpo_jax.rewards.lookup import SAMPLES, Reward, needed_columns, parameters
+from grpo_jax.rewards.state import Logged, Notes, TrainerState
 
 LARGEST = 3.4028234663852886e38
 """Rewards become float32; what is larger would be infinite there."""
@@ -25,10 +23,11 @@ Wait = Callable[[Awaitable[Any]], Any]
 class Batch:
     """What a reward function is called with; every list has one entry per completion."""
 
-    prompts: Sequence[Any]
-    completions: Sequence[Any]
-    completion_ids: Sequence[Sequence[int]]
-    columns: Mapping[str, Sequence[Any]]
+    prompts: Sequence[Any] = ()
+    completions: Sequence[Any] = ()
+    completion_ids: Sequence[Sequence[int]] = ()
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    state: TrainerState = TrainerState()
 
     def __len__(self) -> int:
         """Number of completions."""
@@ -38,13 +37,30 @@ class Batch:
         """The completions from ``start`` up to ``stop``."""
         cut = slice(start, stop)
         columns = {name: values[cut] for name, values in self.columns.items()}
-        return Batch(self.prompts[cut], self.completions[cut], self.completion_ids[cut], columns)
+        return Batch(self.prompts[cut], self.completions[cut], self.completion_ids[cut], columns, self.state)
 
-    def arguments(self) -> dict[str, list[Any]]:
-        """Keyword arguments, in lists of their own, so that no function can change what the next one gets."""
-        columns = {name: list(values) for name, values in self.columns.items()}
-        own = {name: list(getattr(self, name)) for name in RESERVED}
-        return {**columns, **own}
+    def arguments(self, function: Reward, notes: Notes) -> dict[str, Any]:
+        """Keyword arguments that ``function`` takes, in lists of its own, so that it changes nothing for the next.
+
+        Raises:
+            RewardProblem: it needs a column that the data does not have.
+        """
+        everything: dict[str, Any] = {name: list(values) for name, values in self.columns.items()}
+        everything |= {name: list(getattr(self, name)) for name in SAMPLES}
+        everything |= {"trainer_state": self.state, "log_extra": notes.log_extra, "log_metric": notes.log_metric}
+        missing = missing_column(needed_columns(function), self.columns)
+        if missing is not None:
+            raise RewardProblem(missing)
+        taken = parameters(function)
+        return everything if taken is None else {name: everything[name] for name in everything if name in taken}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a function said of a batch: a reward for each completion, None for no answer, and what it logged."""
+
+    rewards: list[float | None]
+    logged: Logged = Logged()
 
 
 class RewardProblem(Exception):
@@ -62,16 +78,28 @@ class RewardProblem(Exception):
         return ValueError(f"reward {name!r}{where}: {self.problem}")
 
 
-def call_reward(function: Reward, batch: Batch, wait: Wait) -> list[float | None]:
+def missing_column(needed: Iterable[str], columns: Iterable[str]) -> str | None:
+    """What to say where a function needs a column that is none of ``columns``; None where it has all."""
+    there = sorted(columns)
+    missing = [name for name in needed if name not in there]
+    if not missing:
+        return None
+    return (
+        f"needs a column {missing[0]!r}, but the data's columns are {there}; add it, or rename one "
+        f"(data.rename_columns), or give the function's parameter a default"
+    )
+
+
+def call_reward(function: Reward, batch: Batch, wait: Wait) -> Answer:
     """Call ``function`` and check what it returned; ``wait`` gives the result of an awaitable.
 
     Raises:
-        RewardProblem: it raised, or returned something else than a finite number, NaN or None per completion.
+        RewardProblem: it raised, or returned something else than a finite number, NaN or None per completion; caused
+            by what it raised.
         KeyboardInterrupt, MemoryError: passed through; they are about the process, not about the function.
     """
     try:
-        result = function(**batch.arguments())
-        return checked(wait(result) if isinstance(result, Awaitable) else result, len(batch))
+        return _called(function, batch, wait)
     except (RewardProblem, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:
@@ -79,22 +107,36 @@ def call_reward(function: Reward, batch: Batch, wait: Wait) -> list[float | None
 
 
 def raised(function: Reward, batch: Batch, wait: Wait, error: BaseException) -> RewardProblem:
-    """The problem of a function that raised ``error`` on ``batch``; its traceback goes to stderr.
+    """The problem of a function that raised ``error`` on ``batch``.
 
     The row is found by calling again on halves, at most twice the work of the call that failed; where no single
     row raises, it stays unknown.
     """
-    import traceback
-
-    traceback.print_exception(error, file=sys.stderr)
     start, stop = 0, len(batch)
     while stop - start > 1:
         middle = (start + stop) // 2
         first_half = _raises_alike(function, batch.rows(start, middle), wait, error)
         start, stop = (start, middle) if first_half else (middle, stop)
     row = start if len(batch) == 1 or _raises_alike(function, batch.rows(start, stop), wait, error) else None
-    said = " ".join(_words(error)[:1000].split())
-    return RewardProblem(f"raised {type(error).__name__}: {said}; its traceback is on stderr", row)
+    on = "" if row is None or len(batch) == 0 else f" on completion {_show(_text(batch.completions[row]))}"
+    return RewardProblem(
+        f"raised {type(error).__name__}: {_words(error)}{_place(error)}{on}; "
+        "repair it, or return None for what it cannot judge",
+        row,
+    )
+
+
+def answered(result: Any, notes: Notes, count: int) -> Answer:
+    """What came back from a call, checked: rewards and what was logged.
+
+    Raises:
+        RewardProblem: not one finite number, NaN or None per completion, or a log that cannot be.
+    """
+    rewards = checked(result, count)
+    try:
+        return Answer(rewards, notes.logged(count))
+    except ValueError as error:
+        raise RewardProblem(str(error)) from None
 
 
 def checked(result: Any, count: int) -> list[float | None]:
@@ -110,6 +152,12 @@ def checked(result: Any, count: int) -> list[float | None]:
     if len(values) != count:
         raise RewardProblem(f"returned {len(values)} rewards for {count} completions; {wanted}")
     return [_number(value, row) for row, value in enumerate(values)]
+
+
+def _called(function: Reward, batch: Batch, wait: Wait) -> Answer:
+    notes = Notes()
+    result = function(**batch.arguments(function, notes))
+    return answered(wait(result) if isinstance(result, Awaitable) else result, notes, len(batch))
 
 
 def _number(value: Any, row: int) -> float | None:
@@ -136,8 +184,7 @@ def _number(value: Any, row: int) -> float | None:
 
 def _raises_alike(function: Reward, batch: Batch, wait: Wait, error: BaseException) -> bool:
     try:
-        result = function(**batch.arguments())
-        checked(wait(result) if isinstance(result, Awaitable) else result, len(batch))
+        _called(function, batch, wait)
     except (KeyboardInterrupt, MemoryError):
         raise
     except BaseException as another:
@@ -147,9 +194,23 @@ def _raises_alike(function: Reward, batch: Batch, wait: Wait, error: BaseExcepti
 
 def _words(error: BaseException) -> str:
     try:
-        return str(error)
+        return " ".join(str(error)[:1000].split())
     except Exception:
         return "(its message could not be made)"
+
+
+def _place(error: BaseException) -> str:
+    """Where the function raised, or nothing where calling it did."""
+    import traceback
+
+    own = Path(__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != own]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+def _text(completion: Any) -> Any:
+    """The content of a completion's last message, or the completion, for an error."""
+    return completion[-1]["content"] if isinstance(completion, list) and completion else completion
 
 
 def _show(value: Any) -> str:

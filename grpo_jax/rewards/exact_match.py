@@ -16,8 +16,9 @@ def exact_match(
 ) -> list[float | None]:
     r"""1.0 where the completion's final answer is the one in the dataset's ``answer`` column, else 0.0.
 
-    Both are read by the same rule (``answers.marked_answer``: after the last ``####``, else inside the last
-    ``\boxed{}``, else after the last ``=`` or ``Answer:``, else the whole stripped text), so the column may hold
+    Both are read by the same rule (``answers.marked_answer``: in the last ``<answer>`` tags, else after the last
+    ``####``, else inside the last ``\boxed{}``, else after the last ``=`` or ``Answer:``, else the whole stripped
+    text), so the column may hold
     ``18`` or a GSM8K working that ends in ``#### 18``; both are normalised (``answers.normalise``). An empty
     answer is never right; a row whose ``answer`` is None gets None.
 

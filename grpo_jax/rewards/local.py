@@ -8,8 +8,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from grpo_jax.rewards.call import Batch, RewardProblem, checked, raised
+from grpo_jax.rewards.call import Answer, Batch, RewardProblem, answered, raised
 from grpo_jax.rewards.lookup import Reward
+from grpo_jax.rewards.state import Notes
 
 CLOSE_SECONDS = 5.0
 """How long closing waits for cancelled coroutines to end."""
@@ -59,22 +60,22 @@ class LocalRewards:
         self._functions = functions
         self._loop: LoopThread | None = None
 
-    def score(self, batch: Batch) -> dict[int, list[float | None]]:
-        """The rewards of every function, by its number.
+    def score(self, batch: Batch) -> dict[int, Answer]:
+        """What every function says, by its number.
 
         Raises:
             ValueError: a function raised or broke its contract.
         """
-        begun: dict[int, Any] = {}
+        begun: dict[int, tuple[Any, Notes]] = {}
         try:
             for number, (name, function) in self._functions.items():
                 begun[number] = self._guard(name, function, batch, partial(self._begin, function, batch))
             return {
-                number: self._guard(name, function, batch, partial(_finish, begun[number], len(batch)))
+                number: self._guard(name, function, batch, partial(_finish, *begun[number], len(batch)))
                 for number, (name, function) in self._functions.items()
             }
         finally:
-            for result in begun.values():
+            for result, _ in begun.values():
                 if isinstance(result, Future):
                     result.cancel()
 
@@ -84,9 +85,10 @@ class LocalRewards:
             self._loop.close()
             self._loop = None
 
-    def _begin(self, function: Reward, batch: Batch) -> Any:
-        result = function(**batch.arguments())
-        return self._running_loop().submit(result) if isinstance(result, Awaitable) else result
+    def _begin(self, function: Reward, batch: Batch) -> tuple[Any, Notes]:
+        notes = Notes()
+        result = function(**batch.arguments(function, notes))
+        return self._running_loop().submit(result) if isinstance(result, Awaitable) else result, notes
 
     def _guard(self, name: str, function: Reward, batch: Batch, do: Callable[[], Any]) -> Any:
         try:
@@ -106,5 +108,5 @@ class LocalRewards:
         return self._loop
 
 
-def _finish(result: Any, count: int) -> list[float | None]:
-    return checked(result.result() if isinstance(result, Future) else result, count)
+def _finish(result: Any, notes: Notes, count: int) -> Answer:
+    return answered(result.result() if isinstance(result, Future) else result, notes, count)

@@ -1,15 +1,24 @@
-"""From the name of a reward, as a config writes it, to the function."""
+"""From the name of a reward, as a config writes it, to the function with its options."""
 
+import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Reward = Callable[..., Any]
 """``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, plain or ``async def``."""
+
+SAMPLES = ("prompts", "completions", "completion_ids")
+"""Arguments that hold the completions."""
+HANDED = ("trainer_state", "log_extra", "log_metric")
+"""Arguments that the run hands to a function that takes them."""
+RESERVED = SAMPLES + HANDED
+"""Argument names that a dataset's column and an option cannot have."""
 
 
 def reward_name(spec: str | Reward) -> str:
@@ -25,32 +34,36 @@ def reward_name(spec: str | Reward) -> str:
     return str(getattr(spec, "__name__", type(spec).__name__))
 
 
-def find_reward(spec: str, table: Mapping[str, Reward], parameters: Mapping[str, Any]) -> Reward:
-    """The function that ``spec`` names, with ``parameters`` bound as keywords.
+def unique_names(specs: Sequence[str | Reward]) -> tuple[str, ...]:
+    """The name of each reward of a run: ``reward_name``, with _2, _3 behind those that come again.
+
+    >>> unique_names(["regex", "exact_match", "regex"])
+    ('regex', 'exact_match', 'regex_2')
+    """
+    unique: list[str] = []
+    for name in map(reward_name, specs):
+        copies = (f"{name}_{number}" for number in range(2, len(specs) + 2))
+        unique.append(name if name not in unique else next(copy for copy in copies if copy not in unique))
+    return tuple(unique)
+
+
+def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
+    """The function that ``spec`` names.
 
     Args:
         spec: a name in ``table``, ``module:function``, or ``path/file.py:function`` (relative to the working
             directory).
         table: the built-in rewards by name.
-        parameters: keyword arguments every call gets.
 
     Raises:
         ValueError: no such built-in, module, file or function, or the module does not import.
     """
-    function = _find(spec, table)
-    if not parameters:
-        return function
-    bound = functools.partial(function, **parameters)
-    return functools.update_wrapper(bound, function, updated=())
-
-
-def _find(spec: str, table: Mapping[str, Reward]) -> Reward:
     place, colon, name = spec.rpartition(":")
     if not colon:
         if spec not in table:
             raise ValueError(
-                f"reward {spec!r}: no built-in of that name; use one of {', '.join(sorted(table))}, "
-                "or module:function, or path/file.py:function"
+                f"reward {spec!r}: no built-in of that name{nearest(spec, table)}; use one of "
+                f"{', '.join(sorted(table))}, or module:function, or path/file.py:function"
             )
         return table[spec]
     if place == "__main__":
@@ -64,8 +77,76 @@ def _find(spec: str, table: Mapping[str, Reward]) -> Reward:
         names = sorted(key for key, value in namespace.items() if callable(value) and not key.startswith("_"))
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         known = ", ".join(names[:20]) + more if names else "none"
-        raise ValueError(f"reward {spec!r}: {place} has no function {name!r}; use one of those it has: {known}")
+        raise ValueError(
+            f"reward {spec!r}: {place} has no function {name!r}{nearest(name, names)}; use one of those it has: {known}"
+        )
     return function
+
+
+def bind(function: Reward, options: Mapping[str, Any], name: str) -> Reward:
+    """``function`` with ``options`` bound as keywords; they win over a dataset's columns of the same name.
+
+    Args:
+        function: any reward.
+        options: by parameter.
+        name: of the reward in its run, for errors.
+
+    Raises:
+        ValueError: an option that is no parameter of the function, by its dotted path.
+    """
+    if not options:
+        return function
+    signature = inspect.signature(function)
+    known = [key for key in _named(signature) if key not in RESERVED]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"reward.options.{name}.{option}: {reward_name(function)} has no parameter of that name"
+                f"{nearest(option, known)}; it has {', '.join(known) or 'none'}"
+            )
+
+    @functools.wraps(function)
+    def bound(*samples: Any, **columns: Any) -> Any:
+        return function(*samples, **{**columns, **options})
+
+    free = [parameter for key, parameter in signature.parameters.items() if key not in options]
+    vars(bound)["__signature__"] = signature.replace(parameters=free)
+    return bound
+
+
+def parameters(function: Reward) -> frozenset[str] | None:
+    """Names of the keywords that ``function`` takes; None where it takes any (``**columns``), or does not say."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return None
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    return None if inspect.Parameter.VAR_KEYWORD in kinds else frozenset(_named(signature))
+
+
+def needed_columns(function: Reward) -> tuple[str, ...]:
+    """Parameters without a default that only a dataset's column can fill.
+
+    >>> def f(completions, answer, *, level=1, log_metric, **columns): ...
+    >>> needed_columns(f)
+    ('answer',)
+    """
+    try:
+        named = _named(inspect.signature(function))
+    except (TypeError, ValueError):
+        return ()
+    return tuple(key for key, p in named.items() if p.default is p.empty and key not in RESERVED)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """What to add to an error about a word that is none of ``words``: the nearest of them, or nothing."""
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _named(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {key: parameter for key, parameter in signature.parameters.items() if parameter.kind in by_keyword}
 
 
 def _load_module(spec: str, place: str) -> dict[str, Any]:

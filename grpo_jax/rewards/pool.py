@@ -6,17 +6,18 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards.call import RESERVED, Batch, RewardProblem
+from grpo_jax.rewards.call import Answer, Batch, RewardProblem, missing_column
 from grpo_jax.rewards.local import LocalRewards
-from grpo_jax.rewards.lookup import Reward, reward_name
+from grpo_jax.rewards.lookup import RESERVED, SAMPLES, Reward, bind, nearest, needed_columns, unique_names
 from grpo_jax.rewards.process import WorkerDied, WorkerProcess
+from grpo_jax.rewards.state import TrainerState
 
 RETRY_FACTOR = 8
 """After its first failure a batch is given up within this many times (time limit + start of a worker)."""
@@ -35,6 +36,9 @@ class Scores:
         timeout_counts: [F] completions that lost this reward to the time limit.
         crash_counts: [F] completions that lost this reward because its process died.
         warnings: one line per loss, to be logged.
+        extra: columns that functions logged, N values each, None where a function that logs had no time. A column
+            that a second function logs as well goes by "function/column".
+        metrics: figures that functions logged; of one name several times, their mean.
     """
 
     names: tuple[str, ...]
@@ -42,6 +46,8 @@ class Scores:
     timeout_counts: tuple[int, ...]
     crash_counts: tuple[int, ...]
     warnings: tuple[str, ...]
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class RewardPool:
@@ -63,7 +69,8 @@ class RewardPool:
         specs: Sequence[str | Reward],
         timeout_seconds: float = 10.0,
         memory_limit_mb: int | None = 4096,
-        parameters: Mapping[str, Mapping[str, Any]] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        state: TrainerState | None = None,
     ) -> None:
         """Start a worker for every reward given by name, and load it there.
 
@@ -71,27 +78,30 @@ class RewardPool:
             specs: names as ``resolve`` takes them, or functions.
             timeout_seconds: for one call on a whole batch.
             memory_limit_mb: address space of a worker; None for no limit.
-            parameters: spec -> keyword arguments bound to it, such as a run's ``max_completion_len``.
+            options: parameters bound to a reward, by its name in ``unique_names(specs)``.
+            state: what is known before the first step: the length of the run and of its completions.
 
         Raises:
-            ValueError: an argument that cannot be, or a reward that is not found or does not load.
+            ValueError: an argument or option that cannot be, or a reward that is not found or does not load.
         """
         _check_specs(specs)
         _check_limits(timeout_seconds, memory_limit_mb)
-        bound = dict(parameters or {})
-        unknown = sorted(set(bound) - {spec for spec in specs if isinstance(spec, str)})
-        if unknown:
-            raise ValueError(f"rewards: got parameters for {unknown}, which are not among the rewards; remove them")
-        self.names = _unique([reward_name(spec) for spec in specs])
+        self.names = unique_names(specs)
+        self.state = state or TrainerState()
+        bound = _checked_options(options or {}, self.names)
         self._timeout = timeout_seconds
         self._workers = {
-            number: WorkerProcess(spec, bound.get(spec, {}), memory_limit_mb)
+            number: WorkerProcess(self.names[number], spec, bound[number], memory_limit_mb, self.state)
             for number, spec in enumerate(specs)
             if isinstance(spec, str)
         }
-        self._local = LocalRewards(
-            {n: (self.names[n], spec) for n, spec in enumerate(specs) if not isinstance(spec, str)}
-        )
+        functions = {
+            n: (self.names[n], bind(spec, bound[n], self.names[n]))
+            for n, spec in enumerate(specs)
+            if not isinstance(spec, str)
+        }
+        self._needs = {name: needed_columns(function) for name, function in functions.values()}
+        self._local = LocalRewards(functions)
         # A worker lives no longer than the thread that starts it: these threads stay until the pool is closed.
         self._threads = ThreadPoolExecutor(max(1, len(self._workers)), thread_name_prefix="grpo_jax rewards")
         self._finalizer = weakref.finalize(self, _stop, self._threads, list(self._workers.values()), self._local)
@@ -100,6 +110,22 @@ class RewardPool:
         except BaseException:
             self.close()
             raise
+        self._needs |= {self.names[number]: worker.needs for number, worker in self._workers.items()}
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse a dataset that cannot be scored, before anything is sampled.
+
+        Args:
+            columns: names of what the dataset has besides the prompt.
+
+        Raises:
+            ValueError: a name that every function has for something else, or a function whose column is not there.
+        """
+        _check_column_names(columns)
+        for name in self.names:
+            missing = missing_column(self._needs[name], columns)
+            if missing is not None:
+                raise RewardProblem(missing).error(name)
 
     def score(
         self,
@@ -107,14 +133,23 @@ class RewardPool:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
+        state: TrainerState | None = None,
     ) -> Scores:
         """Rewards of N completions; every argument and column has N entries.
+
+        Args:
+            prompts: strings, or lists of chat messages.
+            completions: strings, or lists of one message of the assistant.
+            completion_ids: token ids, the stop token among them.
+            columns: of the dataset, repeated per sample.
+            state: how far the run is; None for ``self.state``.
 
         Raises:
             ValueError: lengths that differ, a column that cannot travel, or a reward function that raised or
                 returned something else than N finite numbers or None.
         """
-        batch = _checked_batch(prompts, completions, completion_ids, columns)
+        batch = Batch(prompts, completions, completion_ids, columns, state or self.state)
+        _check_batch(batch)
         parts = self._scored(batch) if len(batch) else {n: _Part.blank(0) for n in range(len(self.names))}
         ordered = [parts[number] for number in range(len(self.names))]
         values = np.stack([part.values for part in ordered])
@@ -124,6 +159,8 @@ class RewardPool:
             timeout_counts=tuple(part.timeouts for part in ordered),
             crash_counts=tuple(part.crashes for part in ordered),
             warnings=tuple(warning for part in ordered for warning in part.warnings),
+            extra=_columns(self.names, ordered),
+            metrics=_figures(ordered),
         )
 
     def close(self) -> None:
@@ -155,27 +192,66 @@ class RewardPool:
             for worker in self._workers.values():
                 worker.kill()
             raise
-        return {**remote, **{number: _Part.of(rewards) for number, rewards in local.items()}}
+        return {**remote, **{number: _Part.of(answer) for number, answer in local.items()}}
 
 
 @dataclass
 class _Part:
-    """One function's row of ``Scores``, while it is filled."""
+    """One function's row of ``Scores``, while it is filled; figures with the number of completions they are of."""
 
     values: np.ndarray
-    timeouts: int
-    crashes: int
-    warnings: list[str]
+    timeouts: int = 0
+    crashes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    figures: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
     @staticmethod
     def blank(count: int) -> "_Part":
-        return _Part(np.full(count, np.nan), 0, 0, [])
+        return _Part(np.full(count, np.nan))
 
     @staticmethod
-    def of(rewards: list[float | None]) -> "_Part":
-        part = _Part.blank(len(rewards))
-        part.values[:] = np.array(rewards, dtype=np.float64)
+    def of(answer: Answer) -> "_Part":
+        part = _Part.blank(len(answer.rewards))
+        part.put(0, answer.rewards, answer.logged.extra, answer.logged.metrics)
         return part
+
+    def put(
+        self,
+        start: int,
+        rewards: list[float | None],
+        extra: Mapping[str, list[Any]],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Note what was said of the completions from ``start`` on."""
+        rows = slice(start, start + len(rewards))
+        self.values[rows] = np.array(rewards, dtype=np.float64)
+        for column, values in extra.items():
+            self.extra.setdefault(column, [None] * len(self.values))[rows] = values
+        for name, value in metrics.items():
+            self.figures.setdefault(name, []).append((value, len(rewards)))
+
+
+def _columns(names: Sequence[str], parts: Sequence[_Part]) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {}
+    for name, part in zip(names, parts, strict=True):
+        out |= {f"{name}/{column}" if column in out else column: values for column, values in part.extra.items()}
+    return out
+
+
+def _figures(parts: Sequence[_Part]) -> dict[str, float]:
+    said: dict[str, list[tuple[float, int]]] = {}
+    for part in parts:
+        for name, figures in part.figures.items():
+            said.setdefault(name, []).extend(figures)
+    return {
+        name: math.fsum(value * rows for value, rows in figures) / max(1, sum(rows for _, rows in figures))
+        for name, figures in said.items()
+    }
+
+
+class RewardTraceback(Exception):
+    """The traceback of a function that raised in its process, as text."""
 
 
 def _score_in_worker(
@@ -205,9 +281,10 @@ def _score_in_worker(
         if answer is None:
             _give_up(part, name, start, stop)
         elif "rewards" in answer:
-            part.values[start:stop] = np.array(answer["rewards"], dtype=np.float64)
+            part.put(start, answer["rewards"], answer["extra"], answer["metrics"])
         else:
-            raise RewardProblem(answer["problem"], answer["row"]).error(name, first_row=start)
+            error = RewardProblem(answer["problem"], answer["row"]).error(name, first_row=start)
+            raise error from (RewardTraceback(answer["trace"]) if answer["trace"] else None)
     return part
 
 
@@ -228,10 +305,11 @@ def _give_up(part: _Part, name: str, start: int, stop: int) -> None:
 
 
 def _encode(batch: Batch) -> bytes:
-    message = {name: list(getattr(batch, name)) for name in RESERVED}
+    message = {name: list(getattr(batch, name)) for name in SAMPLES}
     try:
         columns = {name: list(values) for name, values in batch.columns.items()}
-        return json.dumps({**message, "columns": columns}, default=_plain).encode() + b"\n"
+        whole = {**message, "columns": columns, "state": asdict(batch.state)}
+        return json.dumps(whole, default=_plain).encode() + b"\n"
     except (TypeError, ValueError) as error:
         for name, values in [*batch.columns.items(), *message.items()]:
             try:
@@ -266,23 +344,34 @@ def _stop(threads: ThreadPoolExecutor, workers: list[WorkerProcess], local: Loca
     local.close()
 
 
-def _checked_batch(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Sequence[Any]],
-) -> Batch:
+def _check_batch(batch: Batch) -> None:
+    _check_column_names(batch.columns)
+    lengths = {name: len(getattr(batch, name)) for name in SAMPLES}
+    lengths |= {f"column {name!r}": len(values) for name, values in batch.columns.items()}
+    for name, length in lengths.items():
+        if length != len(batch):
+            raise ValueError(
+                f"{name}: got {length} entries for {len(batch)} completions; repeat it once per completion"
+            )
+
+
+def _check_column_names(columns: Collection[str]) -> None:
     reserved = sorted(set(columns) & set(RESERVED))
     if reserved:
-        raise ValueError(f"columns {reserved}: these names are arguments of every reward function; rename the columns")
-    lengths = {"prompts": len(prompts), "completions": len(completions), "completion_ids": len(completion_ids)}
-    lengths |= {f"column {name!r}": len(values) for name, values in columns.items()}
-    for name, length in lengths.items():
-        if length != len(completions):
+        raise ValueError(
+            f"columns {reserved}: these names are arguments of every reward function; rename them (data.rename_columns)"
+        )
+
+
+def _checked_options(options: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The options of each reward, in their order."""
+    for name in options:
+        if name not in names:
             raise ValueError(
-                f"{name}: got {length} entries for {len(completions)} completions; repeat it once per completion"
+                f"reward.options.{name}: no reward function of that name in this run{nearest(name, names)}; "
+                f"they are {', '.join(names)}"
             )
-    return Batch(prompts, completions, completion_ids, columns)
+    return [options.get(name, {}) for name in names]
 
 
 def _check_specs(specs: Sequence[str | Reward]) -> None:
@@ -301,12 +390,3 @@ def _check_limits(timeout_seconds: float, memory_limit_mb: int | None) -> None:
             f"reward memory_limit_mb: got {memory_limit_mb}, but Python alone needs about 64; use 1024, or None for "
             "no limit"
         )
-
-
-def _unique(names: list[str]) -> tuple[str, ...]:
-    """Names with _2, _3 behind those that come again."""
-    unique: list[str] = []
-    for name in names:
-        copies = (f"{name}_{number}" for number in range(2, len(names) + 2))
-        unique.append(name if name not in unique else next(copy for copy in copies if copy not in unique))
-    return tuple(unique)

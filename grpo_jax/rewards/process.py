@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.rewards.lookup import reward_name
+from grpo_jax.rewards.state import MOST_LOGGED, TrainerState
 from grpo_jax.rewards.worker import OUT_OF_MEMORY
 
 START_SECONDS = 120.0
@@ -32,12 +33,22 @@ class WorkerProcess:
     thread that started it, so that thread has to live as long as the worker is wanted.
     """
 
-    def __init__(self, spec: str, parameters: Mapping[str, Any], memory_limit_mb: int | None) -> None:
-        """Note what to run; nothing is started yet."""
-        self.name = reward_name(spec)
-        self.spec = spec
+    def __init__(
+        self, name: str, spec: str, options: Mapping[str, Any], memory_limit_mb: int | None, state: TrainerState
+    ) -> None:
+        """Note what to run; nothing is started yet.
+
+        Args:
+            name: of the reward in its run.
+            spec: as ``find_reward`` takes it.
+            options: bound to it.
+            memory_limit_mb: address space; None for no limit.
+            state: before the first step, with which a built-in is tried.
+        """
         self.start_seconds = 0.0
-        self._parameters = dict(parameters)
+        self.needs: tuple[str, ...] = ()
+        self._spec = spec
+        self._start = {"name": name, "spec": spec, "options": dict(options), "state": asdict(state)}
         self._memory_limit_mb = memory_limit_mb
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -64,14 +75,8 @@ class WorkerProcess:
             if self._closed:
                 raise WorkerDied("was closed")
             self._process = _popen()
-        start = {
-            "spec": self.spec,
-            "parameters": self._parameters,
-            "memory_limit_mb": self._memory_limit_mb,
-            "path": sys.path,
-            "parent": os.getpid(),
-        }
-        problem = self._load(json.dumps(start).encode() + b"\n")
+        limits = {"memory_limit_mb": self._memory_limit_mb, "path": sys.path, "parent": os.getpid()}
+        problem = self._load(json.dumps(self._start | limits).encode() + b"\n")
         if problem is not None:
             self.kill()
             raise ValueError(problem)
@@ -126,9 +131,10 @@ class WorkerProcess:
         try:
             answer = self.ask(start, START_SECONDS)
         except TimeoutError:
-            return f"reward {self.spec!r}: not loaded after {START_SECONDS:g} s; import less in its module"
+            return f"reward {self._spec!r}: not loaded after {START_SECONDS:g} s; import less in its module"
         except WorkerDied as death:
-            return f"reward {self.spec!r}: its process {death} while loading; see stderr, or raise the memory limit"
+            return f"reward {self._spec!r}: its process {death} while loading; see stderr, or raise the memory limit"
+        self.needs = tuple(answer.get("needs", ()))
         return str(answer["problem"]) if "problem" in answer else None
 
     def _how_it_ended(self, status: int | None, error: Exception) -> str:
@@ -164,7 +170,8 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes, deadline: floa
     stdin, stdout = process.stdin.fileno(), process.stdout.fileno()
     os.set_blocking(stdin, False)
     left, received = memoryview(request), bytearray()
-    most = _CHUNK + 8 * len(request)  # a row is at least 8 bytes of the request and at most 30 of the answer
+    # A row is at least 8 bytes of the request and at most 30 of the answer; a character at most 12 bytes of JSON.
+    most = _CHUNK + 8 * len(request) + 12 * MOST_LOGGED
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
         selector.register(stdin, selectors.EVENT_WRITE)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from grpo_jax.rewards.answers import completion_text
+
 
 def quickstart(
     prompts: Sequence[Any],
@@ -19,4 +21,4 @@ def quickstart(
     """
     from grpo_jax.quickstart.task import parse  # the task's module is only paid for by those who use it
 
-    return [float(parse(text) == right) for text, right in zip(completions, answer, strict=True)]
+    return [float(parse(completion_text(text)) == right) for text, right in zip(completions, answer, strict=True)]

@@ -1,9 +1,10 @@
 """The process that runs one reward: JSON lines in on stdin, JSON lines out on stdout.
 
 Started by ``grpo_jax.rewards.process`` as ``python -m grpo_jax.rewards.worker``. The first line names the reward
-and the limits, each further one is a batch; every line gets one line back: ``{"ready": true}``,
-``{"rewards": [...]}`` or ``{"problem": ..., "row": ...}``. What the reward prints goes to stderr, what it reads
-from stdin is empty. It ends when stdin closes, and on Linux with its parent.
+and the limits, each further one is a batch; every line gets one line back: ``{"needs": [columns]}``,
+``{"rewards": [...], "extra": {...}, "metrics": {...}}`` or ``{"problem": ..., "row": ..., "trace": ...}``. What the
+reward prints goes to stderr, what it reads from stdin is empty. It ends when stdin closes, and on Linux with its
+parent.
 """
 
 import io
@@ -14,8 +15,10 @@ import sys
 from collections.abc import Awaitable
 from typing import Any, BinaryIO
 
-from grpo_jax.rewards import resolve
+from grpo_jax.rewards import REWARDS
 from grpo_jax.rewards.call import Batch, RewardProblem, Wait, call_reward
+from grpo_jax.rewards.lookup import Reward, bind, find_reward, needed_columns
+from grpo_jax.rewards.state import Notes, TrainerState
 
 OUT_OF_MEMORY = 86
 """Exit status after a MemoryError: the process is not worth keeping, and its parent is to know why."""
@@ -52,15 +55,28 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     except BaseException as error:
         said = str(error) if isinstance(error, ValueError) else f"loading it raised {type(error).__name__}: {error}"
         return _answer(answers, {"problem": said})
-    _answer(answers, {"ready": True})
+    _answer(answers, {"needs": needed_columns(function)})
     wait = _waiter()
     for line in requests:
-        try:
-            _answer(answers, {"rewards": call_reward(function, Batch(**json.loads(line)), wait)})
-        except RewardProblem as problem:
-            _answer(answers, {"problem": problem.problem, "row": problem.row})
-        except KeyboardInterrupt:
-            _answer(answers, {"problem": "raised KeyboardInterrupt; raise an Exception instead", "row": None})
+        _answer(answers, _scored(function, json.loads(line), wait))
+
+
+def _scored(function: Reward, request: dict[str, Any], wait: Wait) -> dict[str, Any]:
+    try:
+        state = TrainerState(**request.pop("state"))
+        answer = call_reward(function, Batch(**request, state=state), wait)
+    except RewardProblem as problem:
+        return {"problem": problem.problem, "row": problem.row, "trace": _trace(problem.__cause__)}
+    except KeyboardInterrupt:
+        return {"problem": "raised KeyboardInterrupt; raise an Exception instead", "row": None, "trace": ""}
+    return {"rewards": answer.rewards, "extra": answer.logged.extra, "metrics": answer.logged.metrics}
+
+
+def _trace(error: BaseException | None) -> str:
+    """The traceback of what the function raised; shown only to those who look for it."""
+    import traceback
+
+    return "" if error is None else "".join(traceback.format_exception(error))[-20_000:]
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -75,11 +91,20 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return requests, answers
 
 
-def _load(start: dict[str, Any]) -> Any:
+def _load(start: dict[str, Any]) -> Reward:
+    """Find the reward and bind its options; a built-in is tried on no completions, to refuse options now."""
     _end_with_parent(start["parent"])
     _limit_memory(start["memory_limit_mb"])
     sys.path[:] = start["path"]
-    return resolve(start["spec"], **start["parameters"])
+    function = bind(find_reward(start["spec"], REWARDS), start["options"], start["name"])
+    if start["spec"] in REWARDS:
+        nothing: dict[str, list[Any]] = {column: [] for column in needed_columns(function)}
+        batch = Batch(columns=nothing, state=TrainerState(**start["state"]))
+        try:
+            function(**batch.arguments(function, Notes()))
+        except ValueError as error:
+            raise ValueError(f"reward {start['name']!r}: {error}") from error
+    return function
 
 
 def _end_with_parent(parent: int) -> None:

@@ -1,0 +1,114 @@
+"""Reward 1 for an answer that is mathematically the right one, by the math-verify package."""
+
+import functools
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grpo_jax.rewards.answers import completion_text, last_box, last_tag, normalise_latex, rest_of_line
+
+TAIL = 1000
+"""Characters at the end of a completion in which an answer without a box is looked for."""
+
+
+def math_verify(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    answer: Sequence[Any],
+    max_answer_chars: int = 300,
+    timeout_seconds: int = 2,
+    **columns: Any,
+) -> list[float | None]:
+    r"""1.0 where the completion's final answer equals the ``answer`` column's as mathematics, else 0.0.
+
+    The answer is what stands in the last ``<answer>...</answer>``, in the last ``\boxed{}``, or behind the last
+    ``####``; where none of these is there, math-verify looks for one in the last ``TAIL`` characters. Answers that are
+    the same text after
+    ``answers.normalise_latex`` are right without being parsed; an answer longer than ``max_answer_chars`` is wrong
+    without being parsed. A row whose ``answer`` is None, or that math-verify makes nothing of, gets None.
+
+    Args:
+        prompts: not looked at.
+        completions: [N] strings or lists of messages.
+        completion_ids: not looked at.
+        answer: [N] reference answers, LaTeX or plain, or solutions that end in a box.
+        max_answer_chars: longest answer that is parsed.
+        timeout_seconds: for one parse and for one comparison, by a signal, so in the main thread only (a reward that
+            a config names has a process with one); an answer out of time is wrong.
+        **columns: not looked at.
+
+    Raises:
+        ValueError: the package is not installed.
+
+    >>> said = [r"Hence \boxed{0.5}.", r"\boxed{\frac{2}{4}}", r"The final answer is $\frac{1}{3}$."]
+    >>> math_verify(["2/4"] * 3, said, [[]] * 3, answer=[r"\frac{1}{2}"] * 3)
+    [1.0, 1.0, 0.0]
+    """
+    same = _comparison(timeout_seconds)
+    return [
+        None if wanted is None else _score(completion_text(completion), str(wanted), max_answer_chars, same)
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+def _score(text: str, wanted: str, longest: int, same: Callable[[str, str], bool | None]) -> float | None:
+    right, said = _marked(wanted), _marked(text)
+    right = wanted if right is None else right
+    if said is not None and (plain := normalise_latex(said)) and plain == normalise_latex(right):
+        return 1.0
+    if said is not None and not 0 < len(said) <= longest:
+        return 0.0
+    verdict = same(right, text[-TAIL:] if said is None else _in_box(said))
+    return None if verdict is None else float(verdict)
+
+
+def _marked(text: str) -> str | None:
+    tagged = last_tag(text, "answer")
+    body = text if tagged is None else tagged
+    box = last_box(body)
+    if box is not None or tagged is not None:
+        return body if box is None else box
+    start = text.rfind("####")
+    return None if start < 0 else rest_of_line(text, start + 4) or ""
+
+
+def _in_box(answer: str) -> str:
+    """An answer as math-verify finds it before all else."""
+    return "\\boxed{" + answer.replace("$", "") + "}"
+
+
+def _comparison(timeout_seconds: int) -> Callable[[str, str], bool | None]:
+    """(right answer, text with an answer) -> equal, or None where the right answer means nothing; never raises."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError(
+            "needs the package math-verify, which is not installed; pip install grpo_jax[math], or use the reward "
+            "'boxed', which compares text"
+        )
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
+
+    for part in ("parser", "grader", "utils"):
+        logging.getLogger(f"math_verify.{part}").setLevel(logging.ERROR)  # it tells of every answer out of time
+    limit = timeout_seconds if threading.current_thread() is threading.main_thread() else None
+
+    @functools.cache
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text, parsing_timeout=limit)
+        except TimeoutException:  # a BaseException, which can still come when the alarm goes off late
+            return []
+
+    def same(right: str, text: str) -> bool | None:
+        gold = parsed(_in_box(right))
+        if not gold:
+            return None
+        try:
+            return bool(verify(gold, parsed(text), timeout_seconds=limit))
+        except TimeoutException:
+            return False
+
+    return same
