@@ -1,0 +1,112 @@
+"""completions.jsonl, read as it grows and packed for the page: numbers by column, texts in compressed blocks."""
+
+import base64
+import gzip
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.metrics import prompt_text
+
+BLOCK = 400_000
+"""Characters of text after which a block is closed: small enough to open at once, large enough to compress well."""
+OWN = ("step", "group", "sample", "prompt", "reward", "advantage", "length", "cut")
+"""Columns every completion has; ``prompt`` numbers the different prompts of the run."""
+
+
+def pack(data: bytes) -> str:
+    """Bytes as base64 of gzip: no character of it means anything to HTML."""
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
+
+
+def pack_json(value: Any) -> str:
+    """A JSON value, packed."""
+    return pack(json.dumps(value, separators=(",", ":")).encode("ascii"))
+
+
+class Completions:
+    """What the page holds of a run's completions.
+
+    Attributes:
+        columns: float32 values of every completion by name; NaN where there is none.
+        functions: names of the reward functions among the columns.
+        starts: first completion of each block.
+    """
+
+    def __init__(self, path: Path):
+        """Args: the file, which need not be there yet."""
+        self._path, self._offset = path, 0
+        self.columns = {name: array("f") for name in OWN}
+        self.functions: list[str] = []
+        self.starts: list[int] = []
+        self._blocks: list[str] = []
+        self._prompts: dict[str, int] = {}
+        self._open: list[dict[str, Any]] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        """Completions so far."""
+        return len(self.columns["step"])
+
+    def read(self) -> None:
+        """Take the lines that were added since the last call; one that is not finished is left for the next."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._add(json.loads(line))
+
+    def blocks(self) -> list[str]:
+        """Every block, packed; the last one is still growing."""
+        return [*self._blocks, *([_packed(self._open)] if self._open else [])]
+
+    def index(self) -> str:
+        """All columns one behind the other, little-endian float32, packed."""
+        parts = []
+        for values in self.columns.values():
+            values = array("f", values)
+            if array("H", [1]).tobytes() != b"\x01\x00":
+                values.byteswap()
+            parts.append(values.tobytes())
+        return pack(b"".join(parts))
+
+    def _add(self, row: dict[str, Any]) -> None:
+        group = (row["step"], row["group"])
+        if self._size > BLOCK and group != (self._open[-1]["step"], self._open[-1]["group"]):
+            self._blocks.append(_packed(self._open))
+            self._open, self._size = [], 0
+        if not self._open:
+            self.starts.append(len(self))
+        text = row["prompt"] = prompt_text(row["prompt"])
+        self._open.append(row)
+        self._size += len(text) + 3 * len(row["completion"])
+        numbers = {name: row[name] for name in OWN if name in row}
+        numbers |= {"prompt": self._prompts.setdefault(text, len(self._prompts)), "cut": row["finish"] == "length"}
+        self.functions = list(row["rewards"])
+        numbers |= row["rewards"]
+        numbers |= {k: v for k, v in row.get("extra", {}).items() if isinstance(v, (bool, int, float))}
+        count = len(self)
+        for name, value in numbers.items():
+            column = self.columns.get(name)
+            if column is None:
+                column = self.columns[name] = array("f", [float("nan")] * count)
+            column.append(float("nan") if value is None else value)
+        for column in self.columns.values():
+            if len(column) == count:
+                column.append(float("nan"))
+
+
+def _packed(rows: list[dict[str, Any]]) -> str:
+    """A block: its prompts, and of each completion [prompt, text or tokens, log-probs in hundredths, extra columns]."""
+    prompts: dict[str, int] = {}
+    out = []
+    for row in rows:
+        prompt = prompts.setdefault(row["prompt"], len(prompts))
+        logp = [round(100 * x) if x is not None else 0 for x in row.get("logp", ())]
+        out.append([prompt, row.get("tokens", row["completion"]), logp, row.get("extra", {})])
+    return pack_json({"prompts": list(prompts), "rows": out})
