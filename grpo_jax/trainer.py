@@ -16,7 +16,16 @@ from grpo_jax.callbacks.table import build
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected, Collector
 from grpo_jax.config import TrainConfig
-from grpo_jax.data import PromptSet, PromptStream, load_rows, load_tokenizer, resolve_asset, stop_ids
+from grpo_jax.data import (
+    PromptSet,
+    PromptStream,
+    describe,
+    held_out_prompts,
+    load_tokenizer,
+    resolve_model,
+    stop_ids,
+    training_prompts,
+)
 from grpo_jax.evaluator import Evaluator
 from grpo_jax.interrupt import Interrupt
 from grpo_jax.learning import Learning, layout_of
@@ -42,7 +51,8 @@ PROMPT_MULTIPLE = 8
 """Prompts are padded to the longest of the run, rounded up to this many tokens: one shape a run."""
 
 RewardFunction = Callable[..., Any]
-Rows = Sequence[dict[str, Any]]
+Source = Any
+"""A path, the id of a data set on the hub, a `datasets.Dataset`, or a sequence of rows; or a mapping of several."""
 
 
 class Trainer:
@@ -56,8 +66,8 @@ class Trainer:
         self,
         model: str | Path | None = None,
         reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
-        train_dataset: str | Path | Rows | None = None,
-        eval_dataset: str | Path | Rows | None = None,
+        train_dataset: Source = None,
+        eval_dataset: Source = None,
         config: TrainConfig | None = None,
         callbacks: Sequence[Callback] = (),
         name: str = "run",
@@ -65,11 +75,13 @@ class Trainer:
         """Describe the run; nothing is loaded yet.
 
         Args:
-            model: directory of a Hugging Face checkpoint with its tokenizer.
+            model: directory of a Hugging Face checkpoint with its tokenizer, or its id on the hub.
             reward_funcs: names (run in worker processes) or functions (run here),
                 ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``.
-            train_dataset: JSONL file, or rows with a prompt column.
-            eval_dataset: the same, held out; given training rows and no evaluation rows, nothing is evaluated.
+            train_dataset: a file, a data set of the hub, a `datasets.Dataset` or rows with a prompt column; or a
+                mapping of several names to their weights.
+            eval_dataset: the same, held out, or a mapping of names to them; given training rows and no evaluation
+                rows, nothing is evaluated.
             config: everything else.
             callbacks: what looks on, behind those the config names; any of them may end the run.
             name: what the run's directory is called after when the config names none.
@@ -84,7 +96,7 @@ class Trainer:
         self._name, self._callbacks = name, tuple(callbacks)
         tables = config.model_dump()
         tables["model"]["path"] = str(model or config.model.path)
-        tables["data"] |= {"train": _describe(self._train), "eval": _describe(self._eval)}
+        tables["data"] |= {"train": describe(self._train), "eval": describe(self._eval)}
         tables["reward"]["functions"] = [f if isinstance(f, str) else _qualified(f) for f in self._rewards]
         self.config = TrainConfig.from_tables(tables)
 
@@ -152,19 +164,21 @@ class _Run:
         config: TrainConfig,
         directory: Path,
         pool: RewardPool | None,
-        train: str | Path | Rows,
-        held_out: str | Path | Rows | None,
+        train: Source,
+        held_out: Source,
         watchers: _Watchers,
         compiles: CompileLog,
         begun: float,
     ):
         self.config, self.directory, self.watchers = config, directory, watchers
         self.compiles, self.begun, self.phases = compiles, begun, Phases()
-        self.source = resolve_asset(config.model.path, "model")
+        self.source = resolve_model(config.model.path, config.model.revision)
         self.tokenizer = load_tokenizer(self.source)
-        prompts, sets = _prompts(config, self.tokenizer, train, held_out)
+        prompts = training_prompts(config, self.tokenizer, train)
+        sets = held_out_prompts(config, self.tokenizer, held_out)
         self.model, params = _load(config, self.source)
-        longest = max(each.longest for each in (prompts, *sets.values()))
+        every: list[PromptStream | PromptSet] = [prompts, *sets.values()]
+        longest = max(each.longest for each in every)
         prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         _check_positions(config, self.model, longest, prompt_len)
         stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
@@ -182,7 +196,7 @@ class _Run:
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
         layout = layout_of(config, self.model, prompt_len)
         self.facts = [report(self.model, config, layout, prompt_len)]
-        left_out = sum(each.filtered_count for each in (prompts, *sets.values()))
+        left_out = sum(each.filtered_count for each in every)
         if left_out:
             self.facts.append(f"{left_out} prompts are longer than data.max_prompt_len and are left out")
         self.learning = Learning(config, self.model, params, layout, self.phases)
@@ -314,25 +328,6 @@ def _check_positions(config: TrainConfig, model: Model, longest: int, prompt_len
         )
 
 
-def _prompts(
-    config: TrainConfig, tokenizer: Any, train: str | Path | Rows, held_out: str | Path | Rows | None
-) -> tuple[PromptStream, dict[str, PromptSet]]:
-    data = config.data
-    stream = PromptStream(
-        _rows(train, "train", config),
-        tokenizer,
-        seed=config.seed,
-        prompts_per_step=config.rollout.prompts_per_step,
-        max_prompt_len=data.max_prompt_len,
-        prompt_column=data.prompt_column,
-        shuffle=data.shuffle,
-    )
-    if held_out is None:
-        return stream, {}
-    rows = _rows(held_out, "eval", config)[: config.eval.prompts]
-    return stream, {"eval": PromptSet(rows, tokenizer, data.max_prompt_len, data.prompt_column)}
-
-
 def _configure_jax(config: TrainConfig) -> None:
     if config.mesh.distributed:
         initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
@@ -361,17 +356,6 @@ def _load(config: TrainConfig, source: Path) -> tuple[Model, Params]:
         precision=table.matmul_precision,
         remat=table.remat or "none",
     )
-
-
-def _rows(source: str | Path | Rows, kind: str, config: TrainConfig) -> list[dict[str, Any]]:
-    if isinstance(source, (str, Path)):
-        return load_rows(resolve_asset(str(source), kind), config.data.prompt_column)
-    return list(source)
-
-
-def _describe(source: str | Path | Rows | None) -> str | None:
-    """What the record says of a data set: its path, or how many rows were handed in."""
-    return str(source) if isinstance(source, (str, Path)) else None if source is None else f"<{len(source)} rows>"
 
 
 def _qualified(function: RewardFunction) -> str:

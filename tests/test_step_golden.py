@@ -12,7 +12,7 @@ import pytest
 
 import grpo_jax
 from grpo_jax.algo.spec import LossConfig
-from grpo_jax.data import resolve_asset
+from grpo_jax.data import resolve_model
 from grpo_jax.metrics import means
 from grpo_jax.step import Learner
 from grpo_jax.types import TrainBatch
@@ -21,7 +21,7 @@ from grpo_jax.types import TrainBatch
 @pytest.mark.parametrize("rows", [None, 2])
 def test_loss_gradient_norm_and_mean_logp_reproduce(rows):
     golden = np.load(Path(__file__).parent / "step_golden.npz")
-    model, params = grpo_jax.load_model(resolve_asset("quickstart", "model"))
+    model, params = grpo_jax.load_model(resolve_model("quickstart"))
     tokens, mask = golden["tokens"], golden["mask"]
     column = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     lengths = mask.sum(1) + mask.argmax(1)

@@ -3,9 +3,6 @@
 A run calls ``resolve_model``, ``load_tokenizer``, ``stop_ids``, ``training_prompts`` and ``held_out_prompts``.
 """
 
-from pathlib import Path
-from typing import Any
-
 from grpo_jax.data.chat import PromptFormat, decode, encode, load_tokenizer, stop_ids
 from grpo_jax.data.places import resolve_model, shipped
 from grpo_jax.data.prompts import PromptSet, PromptStream, held_out_prompts, training_prompts
@@ -27,13 +24,3 @@ __all__ = [
     "stop_ids",
     "training_prompts",
 ]
-
-
-def resolve_asset(path: str | Path, kind: str) -> Path:
-    """The path itself, or what the package ships where the path is the word "quickstart"."""
-    return shipped(kind) if str(path) == "quickstart" else Path(path).expanduser()
-
-
-def load_rows(path: str | Path, prompt_column: str = "prompt") -> list[dict[str, Any]]:
-    """`load_dataset` of a file."""
-    return load_dataset(path, prompt_column=prompt_column)
