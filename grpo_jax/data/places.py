@@ -76,26 +76,23 @@ def _download(name: str, revision: str | None) -> Path:
             name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
         )
     except Exception as error:
-        raise ValueError(f"model.path: {name!r} is no directory here, and {explain(error, name, revision)}") from error
+        raise ValueError(f"model.path: {name!r} is no directory here, and {explain(error, revision)}") from error
     return Path(directory)
 
 
-def explain(error: Exception, name: str, revision: str | None = None) -> str:
-    """What a failed look-up on the hub means, and what to do; to follow "... is no directory here, and"."""
+def explain(error: Exception, revision: str | None = None) -> str:
+    """What a failed look-up on the hub means, and what to do; to follow "... is no path here, and"."""
     from huggingface_hub import constants, errors
 
-    said = " ".join(str(error).split())[:200]
     if isinstance(error, errors.GatedRepoError):
         return "on the hub it is gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"on the hub it has no revision {revision!r}; correct model.revision"
+        return f"on the hub it has no revision {revision!r}; correct it"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub has none of that name, or a private one; correct it, or log in (hf auth login) or set HF_TOKEN"
-    if constants.is_offline_mode():
-        return (
-            "it is not in the hub's cache, while HF_HUB_OFFLINE forbids to download it; download it once without, or "
-            "give a directory"
-        )
+    if constants.is_offline_mode() and isinstance(error, OSError):
+        return "it is not in the hub's cache, while HF_HUB_OFFLINE forbids to download it; unset that, or give a path"
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
-        return f"{constants.ENDPOINT} cannot be reached; check the network, or give a directory"
-    return f"the hub did not give it ({type(error).__name__}: {said}); try again, or give a directory"
+        return f"{constants.ENDPOINT} cannot be reached; check the network, or give a path"
+    said = " ".join(str(error).split())[:200].rstrip(".")
+    return f"the hub did not give it ({type(error).__name__}: {said}); correct it, or give a path"

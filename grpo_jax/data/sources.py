@@ -202,7 +202,7 @@ def _hub_dataset(name: str, config: str | None, split: str | None) -> tuple[Rows
     try:
         loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of several packages; the cause is said
-        raise ValueError(f"{place} is no file here, and {_why_not(error, name)}") from error
+        raise ValueError(f"{place} is no file here, and {explain(error)}") from error
     if isinstance(loaded, Mapping):
         if len(loaded) > 1:
             raise ValueError(
@@ -211,15 +211,6 @@ def _hub_dataset(name: str, config: str | None, split: str | None) -> tuple[Rows
         loaded = next(iter(loaded.values()))
     rows = list(loaded)
     return _nonempty(name, rows), _numbered(place, rows, first=0)
-
-
-def _why_not(error: Exception, name: str) -> str:
-    from datasets.exceptions import DatasetNotFoundError
-
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if isinstance(error, DatasetNotFoundError):
-        return f"{explain(cause, name)}"
-    return explain(error, name)
 
 
 def _datasets(place: str) -> Any:
