@@ -8,6 +8,7 @@ from pathlib import Path
 from grpo_jax.arguments import Command, merge, read_command, show_help
 from grpo_jax.config import TrainConfig, read_toml
 from grpo_jax.interrupt import Interrupted, command_to_go_on
+from grpo_jax.rundir import no_space, what_is_safe
 
 USAGE = """Train a language model with group-relative policy optimization.
 
@@ -78,17 +79,36 @@ def _train(config: TrainConfig, name: str) -> None:
     if config.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    from grpo_jax.callbacks import Callback, Run
+    from grpo_jax.preflight import require_devices
     from grpo_jax.trainer import Trainer
 
-    Trainer(config=config, name=name).train()
+    class Place(Callback):
+        directory: Path | None = None
+
+        def on_start(self, run: Run) -> None:
+            self.directory = run.directory
+
+    place = Place()
+    try:
+        if not config.mesh.distributed:  # there, jax must first hear of the other processes
+            require_devices(config.mesh.platform)
+        Trainer(config=config, callbacks=[place], name=name).train()
+    except BaseException as error:
+        if place.directory is not None and (safe := what_is_safe(place.directory)):
+            error.add_note(f"{safe}; --output_dir {place.directory} goes on there")
+        raise
 
 
 def _lines(error: Exception) -> list[str]:
     """The lines for an error; one nobody foresaw is ours, and says where it came from."""
+    full = no_space(error)
+    if full is not None:
+        return [full]
     if isinstance(error, ValueError):
         return str(error).splitlines() or ["ValueError without a word; --debug shows where"]
     if isinstance(error, OSError):
-        return [" ".join(str(error).split())]
+        return [f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "grpo_jax" in frame.filename]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     said = " ".join(str(error).split())[:300]
@@ -96,6 +116,10 @@ def _lines(error: Exception) -> list[str]:
         f"{type(error).__name__}{place}: {said} (this is a bug, or a machine in trouble; "
         "the same command with --debug shows the traceback: please report it)"
     ]
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", ()))  # what `add_note` fills; an error without notes has no such field
 
 
 def _say(line: str) -> None:

@@ -37,7 +37,8 @@ def _shape(config: TrainConfig) -> list[Refusal]:
             "optim.minibatches",
             rollout.prompts_per_step % optim.minibatches != 0,
             f"got {optim.minibatches}, which does not divide rollout.prompts_per_step = {rollout.prompts_per_step}; "
-            "every update must take the same share. Choose a divisor.",
+            "every update must take the same share. "
+            f"Choose {_nearest_that_divide(optim.minibatches, rollout.prompts_per_step)}.",
         ),
         (
             "batch.row_len",
@@ -213,3 +214,11 @@ def _later(config: TrainConfig) -> list[Refusal]:
         ("algorithm.adaptive_entropy.target", algorithm.adaptive_entropy.target is not None, later),
         ("algorithm.reference_follow.every", algorithm.reference_follow.every is not None, later),
     ]
+
+
+def _nearest_that_divide(parts: int, whole: int) -> str:
+    """The divisors nearest to ``parts``, or the nearest wholes that it divides."""
+    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+    near = [max((n for n in divisors if n < parts), default=1), *[n for n in divisors if n > parts][:1]]
+    wholes = [n for n in (whole // parts * parts, (whole // parts + 1) * parts) if n]
+    return f"{' or '.join(map(str, near))}, or {' or '.join(map(str, wholes))} prompts"

@@ -95,8 +95,13 @@ class JsonLines:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one object; a float that is not finite becomes null."""
-        self._file.write(json.dumps({k: _json(v) for k, v in row.items()}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = json.dumps({k: _json(v) for k, v in row.items()}, ensure_ascii=False)
+        try:
+            self._file.write(f"{line}\n")
+            self._file.flush()
+        except OSError as error:  # a write that fails does not say to which file
+            error.filename = error.filename or self._file.name
+            raise
 
     def close(self) -> None:
         """Close the file."""

@@ -1,7 +1,8 @@
 """Before the first compile: what the run will hold in each device's memory, and on what it runs."""
 
 import importlib.metadata
-import platform
+import os
+import platform as this_machine
 from typing import Any
 
 import jax
@@ -18,7 +19,34 @@ def versions() -> dict[str, str]:
     """Package versions, Python and the kind of device."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     device = jax.devices()[0]
-    return found | {"python": platform.python_version(), "device": f"{len(jax.devices())} x {device.device_kind}"}
+    return found | {"python": this_machine.python_version(), "device": f"{len(jax.devices())} x {device.device_kind}"}
+
+
+def require_devices(platform: str | None) -> None:
+    """Start jax's backend, on the kind of device that is asked for.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu"; None: what jax finds.
+
+    Raises:
+        ValueError: there is no such device, or the JAX_PLATFORMS of the environment cannot be had.
+    """
+    asked = os.environ.get("JAX_PLATFORMS") or "none"
+    install = "install grpo_jax[cuda] or grpo_jax[tpu] where the hardware is there"
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        found = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # jax asserts where its plugin for CUDA is missing
+        said = f" (jax: {str(error).partition('(set JAX')[0].strip()})" if str(error) else ""
+        raise ValueError(
+            f"JAX_PLATFORMS: got {asked}, and jax finds no such device{said}; {install}, or unset JAX_PLATFORMS"
+        ) from error
+    if platform is not None and found != platform:
+        raise ValueError(
+            f"mesh.platform: got {platform}, and jax finds {found} only ({jax.devices()[0].device_kind}); {install}, "
+            "or set mesh.platform none"
+        )
 
 
 def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The directory of a run: what is in it, whether a config may go on in it, and the summary at the end.
+"""The directory of a run: what is in it, whether a config may go on in it, what is safe after an error.
 
 Where a run starts: (1) the directory holds a checkpoint of the same config: go on from the newest; (2) it holds one
 of another config, or other files: refuse and show the difference; (3) it is empty or new, or its run ended before it
@@ -6,18 +6,27 @@ had sampled anything (a path was wrong, say): start from the model.
 """
 
 import datetime
+import errno
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import LogConfig, TrainConfig
 
 CONFIG, SUMMARY, METRICS, COMPLETIONS = "config.toml", "summary.json", "metrics.jsonl", "completions.jsonl"
+CHECKPOINTS, ENVIRONMENT = "checkpoints", "environment.json"
 MAY_DIFFER = frozenset(
-    {"output_dir", "compilation_cache", "mesh.coordinator", "mesh.process_id"}
+    {"output_dir", "compilation_cache", "mesh.coordinator", "mesh.process_id", "mesh.platform"}
     | {f"log.{name}" for name in LogConfig.model_fields}
 )
 """Fields that change nothing a run computes, so that it may go on with others."""
+MOST_SHOWN = 6
+"""Differences listed in an error."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Error numbers of a write for which there is no room."""
 
 
 def open_run(config: TrainConfig, name: str) -> Path:
@@ -32,38 +41,106 @@ def open_run(config: TrainConfig, name: str) -> Path:
     """
     directory = Path(config.output_dir) if config.output_dir else _fresh(name)
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir: {directory} is a file; a run needs a directory. Name another place.")
+        raise ValueError(f"output_dir: {directory} is a file, but a run needs a directory; name another place")
     recorded = directory / CONFIG
     if recorded.exists():
         different = differences(TrainConfig.from_toml(recorded), config)
         if different and (directory / METRICS).exists():
+            more = f" and {len(different) - MOST_SHOWN} more" if len(different) > MOST_SHOWN else ""
             raise ValueError(
-                f"output_dir: {directory} holds a run of another config:\n  "
-                + "\n  ".join(different)
-                + "\nNothing was changed. Use the same config to go on, or another output_dir."
+                f"output_dir: {directory} holds a run of another config ({'; '.join(different[:MOST_SHOWN])}{more}); "
+                "nothing was changed; give the recorded values to go on, or another output_dir"
             )
         if not different:
             return directory
     elif directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"output_dir: {directory} holds files and no {CONFIG}. Use an empty or new directory.")
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = recorded.with_suffix(".partial")
-    partial.write_text(config.to_toml(), encoding="utf-8")
-    partial.replace(recorded)
+        raise ValueError(
+            f"output_dir: {directory} holds files and no {CONFIG}, so it is no run, and nothing was changed; "
+            "name an empty or new directory"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(recorded, config.to_toml())
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        why = f"{error.strerror}: {error.filename}"
+        raise ValueError(f"output_dir: {directory} cannot be written to ({why}); name another place") from error
     return directory
 
 
 def differences(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
     """Fields in which two configs differ, as "path: recorded -> asked"."""
     old, new = _flat(recorded.model_dump()), _flat(asked.model_dump())
-    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new[k] and k not in MAY_DIFFER]
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return [f"{k}: {old.get(k, 'not there')!r} -> {new.get(k, 'not there')!r}" for k in changed if k not in MAY_DIFFER]
+
+
+def newest_checkpoint(directory: Path) -> int | None:
+    """Step of the newest complete checkpoint; one that is being written has no number for its name yet."""
+    steps = [int(place.name) for place in (directory / CHECKPOINTS).glob("*") if place.name.isdecimal()]
+    return max(steps, default=None)
+
+
+def what_is_safe(directory: Path) -> str | None:
+    """What an error left of a run, in words; None where it had trained on nothing."""
+    metrics, step = directory / METRICS, newest_checkpoint(directory)
+    if step is None:
+        written = metrics.is_file() and metrics.stat().st_size > 0
+        return f"the record is safe in {directory}; there is no checkpoint yet" if written else None
+    return f"the record and the checkpoint of step {step} are safe in {directory}"
+
+
+def no_space(error: BaseException | None) -> str | None:
+    """The line for an error that comes, at whatever remove, from a full disk; None for any other."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else _os_error_code(error)
+        if number in FULL:
+            named = error.filename if isinstance(error, OSError) else _quoted_path(error)
+            where = f" to write {named}" if named else ""
+            return f"no disk space{where} ({os.strerror(number or 0)}); make room and start the same command again"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def note_environment(directory: Path, step: int, found: Mapping[str, str]) -> list[str]:
+    """Record on what a run computes from ``step`` on; returns what changed since, as "name: before -> now".
+
+    Args:
+        directory: of the run.
+        step: rollouts trained on before.
+        found: versions of packages and the device.
+    """
+    file = directory / ENVIRONMENT
+    past = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    before = past[-1] if past else None
+    changed = [] if before is None else [f"{k}: {before.get(k)} -> {v}" for k, v in found.items() if before.get(k) != v]
+    if changed or before is None:
+        write_text(file, json.dumps([*past, {"from_step": step, **found}], indent=2) + "\n")
+    return changed
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _os_error_code(error: BaseException) -> int | None:
+    """The number that a checkpoint's writer puts into its text."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def _quoted_path(error: BaseException) -> str | None:
+    found = re.findall(r'"(/[^"]+)"', str(error))
+    return found[-1] if found else None
 
 
 def _fresh(name: str) -> Path:

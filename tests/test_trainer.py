@@ -199,7 +199,7 @@ def test_a_reward_without_spread_moves_nothing(checkpoint, tmp_path):
 def test_refuses_a_directory_of_another_run_and_shows_the_difference(run, checkpoint):
     _, _, directory = run
     before = sorted(p.stat().st_mtime_ns for p in directory.iterdir())
-    with pytest.raises(ValueError, match=r"another config:\n  optim.learning_rate: 0.003 -> 0.5"):
+    with pytest.raises(ValueError, match=r"another config \(optim.learning_rate: 0.003 -> 0.5\)"):
         train(checkpoint, directory, algorithm={"preset": "grpo"}, optim={"learning_rate": 0.5})
     assert sorted(p.stat().st_mtime_ns for p in directory.iterdir()) == before
 
