@@ -312,4 +312,14 @@ def test_eight_devices_are_one(name):
         assert_same(name, float(value), gathered, _numbers(metrics))
 
 
+@pytest.mark.parametrize("name", ["entropy_top and clip_cov", "kl_cov with ties"])
+def test_statistics_over_eight_devices_are_those_of_one(name):
+    with x64():
+        rows = NamedSharding(Mesh(np.array(jax.devices()[:8]), ("data",)), PartitionSpec("data"))
+        layout = lay_out(make_sequences(name), random_rows(5, 16), LONGEST)
+        arrays = {k: jax.device_put(v, rows) for k, v in layout.arrays.items()}
+        got = jax.jit(count_step, static_argnums=0)(CONFIGS[name], arrays, SEQUENCES)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, whole(name)[3])
+
+
 _sharded = jax.jit(loss_and_gradient, static_argnums=0)
