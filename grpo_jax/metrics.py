@@ -171,6 +171,12 @@ def means(sums: list[dict[str, tuple[Any, Any]]]) -> dict[str, float]:
     return out
 
 
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a row of metrics.jsonl: its finite numbers, without its step."""
+    numbers = {name: float(v) for name, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {name: value for name, value in numbers.items() if name != "step" and np.isfinite(value)}
+
+
 def prompt_text(prompt: Any) -> str:
     """A prompt as one text: itself, or its messages, each behind its role."""
     if isinstance(prompt, str):
@@ -280,31 +286,3 @@ def peak_memory() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(stats.get("peak_bytes_in_use", kibibytes * 1024))
-
-
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw reward, held-out accuracy, entropy and length against the step into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [
-        ("reward, mean of the step", ["reward"]),
-        ("held-out accuracy", ["eval/accuracy", "eval/avg_at_k", "eval/pass_at_k"]),
-        ("entropy (nat)", ["entropy"]),
-        ("completion length (tokens)", ["completions/mean_length"]),
-    ]
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
-    for axis, (title, names) in zip(axes.flat, panels, strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if len(axis.lines) > 1:
-            axis.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -33,7 +33,8 @@ def write_report(directory: str | Path) -> Path:
         raise ValueError(f"{directory} holds no {rundir.METRICS}, so there is nothing to show. Give a run's directory.")
     completions = Completions(directory / rundir.COMPLETIONS)
     completions.read()
-    return write_page(directory, describe(directory), completions)
+    state = "finished" if (directory / rundir.SUMMARY).exists() else "not finished"
+    return write_page(directory, describe(directory, state), completions)
 
 
 class Report(Callback):
@@ -42,7 +43,7 @@ class Report(Callback):
     def __init__(self, directory: Path):
         """Args: the run's directory."""
         self._directory, self._completions = directory, Completions(directory / rundir.COMPLETIONS)
-        self._step, self._due, self._written_last = 0, 0.0, False
+        self._step, self._due, self._state = 0, 0.0, "running"
         self._warnings: JsonLines | None = None
         self._early: list[str] = []
 
@@ -71,14 +72,15 @@ class Report(Callback):
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The last version."""
+        self._state = "finished"
         self._write()
-        self._written_last = True
 
     def close(self) -> None:
         """The last version of a run that did not come to its end, too."""
         if self._warnings is not None:
             self._warnings.close()
-            if not self._written_last:
+            if self._state == "running":
+                self._state = "stopped"
                 self._write()
 
     def _write_when_due(self) -> None:
@@ -90,4 +92,4 @@ class Report(Callback):
 
     def _write(self) -> None:
         self._completions.read()
-        write_page(self._directory, describe(self._directory), self._completions)
+        write_page(self._directory, describe(self._directory, self._state), self._completions)

@@ -210,7 +210,9 @@ function sample(n, { text, logp, extra }) {
     element("span", { className: "quiet", textContent: `${columns.length[n]} tokens` }));
   if (columns.cut[n]) top.append(element("span", { className: "cut", textContent: "cut" }));
   const chips = element("div", { className: "chips" });
-  for (const name of index.functions) chips.append(element("span", { textContent: `${name} ${format(columns[name][n])}` }));
+  for (const name of index.functions) {
+    chips.append(element("span", { textContent: `${name} ${format(columns[`rewards/${name}`][n])}` }));
+  }
   for (const [name, value] of Object.entries(extra)) chips.append(element("span", { textContent: `${name}: ${value}` }));
   const other = hits !== null && hits[n] === 0;
   return element("div", { className: other ? "sample other" : "sample" }, top, chips, ...tokens(text, logp));

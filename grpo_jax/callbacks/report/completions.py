@@ -30,7 +30,7 @@ class Completions:
 
     Attributes:
         columns: float32 values of every completion by name; NaN where there is none.
-        functions: names of the reward functions among the columns.
+        functions: names of the reward functions; their columns are called "rewards/<name>".
         starts: first completion of each block.
     """
 
@@ -88,17 +88,25 @@ class Completions:
         numbers = {name: row[name] for name in OWN if name in row}
         numbers |= {"prompt": self._prompts.setdefault(text, len(self._prompts)), "cut": row["finish"] == "length"}
         self.functions = list(row["rewards"])
-        numbers |= row["rewards"]
-        numbers |= {k: v for k, v in row.get("extra", {}).items() if isinstance(v, (bool, int, float))}
+        numbers |= {f"rewards/{name}": value for name, value in row["rewards"].items()}
+        extra = row.get("extra", {}).items()
+        numbers |= {f"extra/{name}": value for name, value in extra if isinstance(value, (bool, int, float))}
         count = len(self)
         for name, value in numbers.items():
             column = self.columns.get(name)
             if column is None:
                 column = self.columns[name] = array("f", [float("nan")] * count)
-            column.append(float("nan") if value is None else value)
+            column.append(_number(value))
         for column in self.columns.values():
             if len(column) == count:
                 column.append(float("nan"))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float("nan") if value is None else float(value)
+    except OverflowError:  # an integer that no float can hold
+        return float("nan")
 
 
 def _packed(rows: list[dict[str, Any]]) -> str:

@@ -76,11 +76,12 @@ function draw(plot) {
     showlegend: chart.traces.length > 1,
     legend: { orientation: "h", y: -0.14, x: 0 },
     hovermode: "x unified",
+    modebar: { bgcolor: "transparent", color: colour("quiet"), activecolor: colour("accent") },
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
     xaxis: { ...axis, hoverformat: "d", tickformat: "d" },
     yaxis: { ...axis, tickformat: chart.form, type: chart.log ? "log" : "linear", exponentformat: "power" },
   };
-  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
   Plotly.react(plot, traces(chart, Number($("smooth").value)), layout, options);
   if (plot.clickable) return;
   plot.clickable = true;

@@ -52,7 +52,9 @@ async function start() {
   for (const tab of document.querySelectorAll("[data-tab]")) tab.onclick = () => openTab(tab.dataset.tab);
   const run = await inflateJson("run");
   showRun(run);
-  await Promise.all([startCurves(run.charts), startCompletions(run.index)]);
+  await startCompletions(run.index);
+  document.documentElement.dataset.shown = String(Math.round(performance.now()));
+  await startCurves(run.charts);
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 

@@ -26,15 +26,15 @@ FOLDER = Path(__file__).parent
 SCRIPTS = ("page.js", "curves.js", "completions.js")
 
 
-def describe(directory: Path) -> dict[str, Any]:
-    """All the page shows of a run but its completions, from the run's files."""
+def describe(directory: Path, state: str) -> dict[str, Any]:
+    """All the page shows of a run but its completions, from the run's files; ``state`` says how far it is."""
     rows = read_json_lines(directory / rundir.METRICS)
     config = directory / rundir.CONFIG
     warnings = directory / WARNINGS
     return {
         "name": directory.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
-        "figures": _figures(directory, rows),
+        "figures": [("State", state), *_figures(directory, rows)],
         "warnings": read_json_lines(warnings) if warnings.exists() else [],
         "charts": charts(rows),
         "config": config.read_text(encoding="utf-8") if config.exists() else "",
@@ -44,9 +44,7 @@ def describe(directory: Path) -> dict[str, Any]:
 def _figures(directory: Path, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     config = read_toml(directory / rundir.CONFIG) if (directory / rundir.CONFIG).exists() else {}
     steps = [row for row in rows if "reward" in row]
-    finished = (directory / rundir.SUMMARY).exists()
     out = [("Step", f"{steps[-1]['step'] if steps else 0} of {config.get('steps', '?')}")]
-    out.append(("State", "finished" if finished else "running, or stopped"))
     accuracy = [row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None]
     if accuracy:
         out.append(("Held-out accuracy", f"{accuracy[0]:.1%} → {accuracy[-1]:.1%}"))
