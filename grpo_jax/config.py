@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import (
     Field,
     FiniteFloat,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -120,6 +121,19 @@ class BatchConfig(Section):
     """Length of a packed row in tokens; none: twice the longest prompt and completion together."""
 
 
+class StopConfig(Section):
+    """When a run ends before its last step, by an evaluation in which more is better; off unless a limit is given."""
+
+    metric: str = "eval/accuracy"
+    """Figure of an evaluation, as metrics.jsonl names it."""
+    patience: PositiveInt | None = None
+    """End after so many evaluations in a row that were no better than the best before; none: never."""
+    min_delta: NonNegativeFloat = 0.0
+    """Gain over the best so far that counts as better."""
+    at_least: FiniteFloat | None = None
+    """End once the figure is at least this; none: never."""
+
+
 class EvalConfig(Section):
     """Evaluation on held-out prompts."""
 
@@ -131,6 +145,7 @@ class EvalConfig(Section):
     """Samples a prompt for avg@k and pass@k, drawn at rollout.temperature; 0 switches both off."""
     correct_above: float = 0.5
     """A completion is correct when the first reward function gives more than this."""
+    stop: StopConfig = StopConfig()
 
 
 class CheckpointConfig(Section):

@@ -46,6 +46,13 @@ def _shape(config: TrainConfig) -> list[Refusal]:
             "is for packed and group rows; padded rows need no length of their own. Leave it out.",
         ),
         (
+            "eval.stop",
+            (config.eval.stop.patience, config.eval.stop.at_least) != (None, None)
+            and (config.data.eval is None or config.eval.every is None),
+            "ends the run by its evaluations, and there are none between its first and last step. Set data.eval and "
+            "eval.every, or leave it out.",
+        ),
+        (
             "output_dir",
             config.mesh.distributed and config.output_dir is None,
             "got none, and processes that each choose a directory would not meet. Name one on a disk all hosts share.",

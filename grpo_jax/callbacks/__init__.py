@@ -73,8 +73,8 @@ class Evaluation:
 class Callback:
     """Looks on; every method may be left out."""
 
-    def on_start(self, run: Run) -> None:
-        """Before the first evaluation."""
+    def on_start(self, run: Run) -> bool | None:
+        """Before the first evaluation; True where the run had already ended by what it recorded."""
 
     def on_step(self, step: Step) -> bool | None:
         """After a step; True ends the run after it, as if it had been the last."""

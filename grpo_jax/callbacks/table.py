@@ -5,6 +5,9 @@ from pathlib import Path
 
 from grpo_jax.callbacks import Callback
 from grpo_jax.callbacks.curves import Curves
+from grpo_jax.callbacks.early_stopping import EarlyStopping
+from grpo_jax.callbacks.environment import Environment
+from grpo_jax.callbacks.health import Health
 from grpo_jax.callbacks.report import Report
 from grpo_jax.callbacks.tensorboard import TensorBoard
 from grpo_jax.callbacks.terminal import Terminal
