@@ -140,6 +140,8 @@ def _empty(count: int, layout: Layout) -> dict[str, Any]:
         "mask": np.zeros(shape, bool),
         "advantages": np.zeros(shape, np.float32),
         "sampler_logp": np.zeros(shape, np.float32),
+        "sample_ids": np.full(shape, -1, np.int32),
+        "places": np.zeros(shape, np.int32),
     }
 
 
@@ -177,6 +179,8 @@ def _place(
         arrays["mask"][there] = mask[n, here]
         arrays["advantages"][there] = advantages[n]
         arrays["sampler_logp"][there] = rollout.sampler_logp[n, here]
+        arrays["sample_ids"][there] = n
+        arrays["places"][there] = np.arange(extra)
         column += extra
     return column, segment + 1
 

@@ -13,7 +13,8 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.mesh import batch_sharding
 from grpo_jax.metrics import Phases, means
 from grpo_jax.models import Model
-from grpo_jax.step import Learner, learning_rate, make_optimizer
+from grpo_jax.optimizer import learning_rate, make_optimizer
+from grpo_jax.step import Learner
 from grpo_jax.types import Params, TrainBatch, TrainState
 
 MOST_SKIPPED = 10

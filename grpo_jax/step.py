@@ -1,63 +1,47 @@
-"""The learner: the optimizer, the log-probabilities of a batch, and one jitted, donated update.
+"""The learner: the log-probabilities of a batch, and one jitted, donated update.
 
-An update sees its whole optimizer step: denominators are counted over it before the first microbatch, so that
-microbatches, padding, packing and meshes change memory and time, never the gradient.
+An update sees its whole optimizer step: denominators, and which tokens a statistic picks, are settled over it before
+the first microbatch, so that microbatches, padding, packing and meshes change memory and time, never the gradient.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import algo
 from grpo_jax.algo.spec import LossConfig
-from grpo_jax.config import OptimConfig
-from grpo_jax.mesh import RULES
+from grpo_jax.critic import Critic
 from grpo_jax.models.model import Model
+from grpo_jax.optimizer import Sums, accumulate, apply, constrain, join, split
 from grpo_jax.types import Params, TrainBatch, TrainState
 
-Sums = dict[str, tuple[jax.Array, jax.Array]]
-"""Metrics as (sum, count): they add over microbatches, updates and hosts."""
 
+class Dials(NamedTuple):
+    """Coefficients that move from step to step, scalars handed in so that nothing recompiles; None: the loss's own.
 
-def learning_rate(config: OptimConfig, updates: int) -> Callable[[Any], Any]:
-    """The schedule: update count -> learning rate, over ``updates`` updates."""
-    after = max(updates - config.warmup_steps, 1)
-    peak = config.learning_rate
-    course = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, after),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, after),
-    }[config.schedule]()
-    if config.warmup_steps == 0:
-        return course
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, course], [config.warmup_steps])
-
-
-def make_optimizer(config: OptimConfig, updates: int, decay_mask: Any) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW.
-
-    Args:
-        config: the optimizer's table.
-        updates: optimizer updates of the whole run.
-        decay_mask: pytree of bools like the parameters, True where weight decay applies.
+    Attributes:
+        kl_coef: of the KL.
+        entropy_coef: of the entropy bonus.
     """
-    clip = optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
-    adamw = optax.adamw(
-        learning_rate(config, updates),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
-    return optax.chain(clip, adamw)
+
+    kl_coef: Any = None
+    entropy_coef: Any = None
+
+
+OWN = Dials()
+"""The loss's own coefficients."""
+
+
+class Counts(NamedTuple):
+    """What a microbatch is told of its whole optimizer step: the policy's denominators, and the critic's tokens."""
+
+    policy: algo.Denominators
+    values: jax.Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +57,9 @@ class Learner:
         temperature: of the sampler, so that all log-probabilities are of one distribution.
         microbatch_rows: rows whose activations are alive at once; it divides their number. None: all of them.
         segmented: rows hold several sequences.
+        seed: with an update's number the address of what the loss draws (clip_cov).
+        critic: one that shares the policy's trunk and is trained with it; None without.
+        follow: alpha and every of a reference that follows the policy; None where it stays.
     """
 
     model: Model
@@ -83,11 +70,15 @@ class Learner:
     temperature: float = 1.0
     microbatch_rows: int | None = None
     segmented: bool = False
+    seed: int = 0
+    critic: Critic | None = None
+    follow: tuple[float, int] | None = None
 
     @partial(jax.jit, static_argnums=0)
     def init(self, params: Params) -> TrainState:
         """The state before the first update; the optimizer's is sharded like the parameters."""
-        return self._constrain(TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32)))
+        state = TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+        return constrain(self.optimizer, state, self.model.param_shardings)
 
     @partial(jax.jit, static_argnums=0)
     def logprobs(self, params: Params, batch: TrainBatch) -> jax.Array:
@@ -96,56 +87,80 @@ class Learner:
         Returns:
             [N, T] float32, 0 where not trained.
         """
-        return _join(jax.lax.map(lambda part: self._score(params, part)[0], self._split(batch)))
+        return join(jax.lax.map(lambda part: self._score(params, part)[0], self._split(batch)))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def update(self, state: TrainState, batch: TrainBatch, sequences: jax.Array) -> tuple[TrainState, Sums, dict]:
+    def update(
+        self, state: TrainState, batch: TrainBatch, sequences: jax.Array, dials: Dials = OWN
+    ) -> tuple[TrainState, Sums, dict]:
         """One optimizer update; nothing changes when nothing is trained or the gradient is not finite.
 
         Args:
             state: donated.
             batch: N rows of T tokens; without ``old_logp`` the batch is trained on the weights that sampled it.
             sequences: scalar int32, completions sampled for this update, the empty and filtered ones among them.
+            dials: this update's coefficients.
 
         Returns:
             (state, sums, maxima): sums are (sum, count), maxima scalars.
         """
         segments = batch.segment_ids if self.segmented else None
-        denominators = algo.denominators(self.loss, batch.mask, segments=segments, sequences=sequences)
-        gradient = jax.value_and_grad(partial(self._loss, denominators=denominators), has_aux=True)
-
-        def accumulate(total: Params, part: TrainBatch) -> tuple[Params, Any]:
-            (loss, metrics), grads = gradient(state.params, part)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (loss, metrics)
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        zeros = jax.lax.with_sharding_constraint(zeros, self.model.param_shardings)
-        grads, (losses, (sums, maxima)) = jax.lax.scan(accumulate, zeros, self._split(batch))
-        norm = optax.tree.norm(grads)
-        fine = jnp.isfinite(norm) & jnp.isfinite(losses.sum()) & (denominators.tokens > 0)
-        sums = jax.tree.map(lambda x: x.sum(0), sums)
+        counts = Counts(algo.denominators(self.loss, batch.mask, segments=segments, sequences=sequences))
+        trained = {"policy": state.params}
+        shardings = {"policy": self.model.param_shardings}
+        if self.critic is not None:
+            assert state.critic is not None
+            counts = counts._replace(values=self.critic.count(batch))
+            trained, shardings = trained | state.critic.params, shardings | self.critic.shardings
+        loss = partial(self._loss, counts=counts, dials=dials)
+        parts = self._split((batch, self._choose(state, batch)))
+        gradient = accumulate(lambda params, part: loss(params, *part), trained, parts, shardings)
+        fine = gradient.fine(gradient.of) & (counts.policy.tokens > 0)
         one = jnp.ones((), jnp.float32)
-        sums |= {
-            "grad_norm": (norm, one),
+        sums = gradient.sums | {
+            "grad_norm": (optax.tree.norm(gradient.of["policy"]), one),
             "learning_rate": (jnp.asarray(self.schedule(state.step), jnp.float32), one),
             "skipped_update_count": (1.0 - fine, jnp.zeros((), jnp.float32)),
         }
-        return self._apply(state, grads, fine), sums, jax.tree.map(lambda x: x.max(0), maxima)
+        new = apply(self.optimizer, state, gradient.of["policy"], fine, self.model.param_shardings)
+        if self.critic is not None and state.critic is not None:
+            head = {"head": gradient.of["head"]}
+            critic, more = self.critic.step(state.critic, gradient, head, fine)
+            new, sums = replace(new, critic=critic), more | sums
+        return self._follow(new, fine), sums, gradient.maxima
 
-    def _apply(self, state: TrainState, grads: Params, fine: jax.Array) -> TrainState:
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        return self._constrain(jax.tree.map(partial(jnp.where, fine), new, state))
+    def _choose(self, state: TrainState, batch: TrainBatch) -> algo.Choice | None:
+        """The tokens that a statistic of the whole step picks, from a pass without gradient; None if none does."""
+        if not self.loss.chooses:
+            return None
+        logp, entropy = join(jax.lax.map(lambda part: self._score(state.params, part), self._split(batch)))
+        return algo.choose(
+            self.loss,
+            batch.mask,
+            batch.segment_ids if self.segmented else None,
+            logp=logp,
+            old_logp=batch.old_logp,
+            advantages=batch.advantages,
+            entropy=entropy,
+            key=jax.random.fold_in(jax.random.key(self.seed), state.step),
+            row_ids=batch.sample_ids,
+            positions=batch.places,
+        )
 
-    def _constrain(self, state: TrainState) -> TrainState:
-        """Shard the parameters, and every moment of the optimizer like the parameter it belongs to."""
-        shard, shardings = jax.lax.with_sharding_constraint, self.model.param_shardings
-        opt_state = optax.tree_map_params(self.optimizer, shard, state.opt_state, shardings)
-        return replace(state, params=shard(state.params, shardings), opt_state=opt_state)
+    def _follow(self, state: TrainState, fine: jax.Array) -> TrainState:
+        """The reference moved towards the policy where it is time, never by a skipped update (MATH, section 4)."""
+        if self.follow is None:
+            return state
+        alpha, every = self.follow
+        step = jnp.where(fine, state.step, 0)
+        reference = algo.follow_reference(state.reference, state.params, step, alpha=alpha, every=every)
+        return replace(state, reference=jax.lax.with_sharding_constraint(reference, self.model.param_shardings))
 
-    def _loss(self, params: Params, batch: TrainBatch, denominators: Any) -> tuple[jax.Array, tuple[Sums, dict]]:
-        logp, entropy = self._score(params, batch)
+    def _loss(
+        self, trained: Params, batch: TrainBatch, choice: algo.Choice | None, counts: Counts, dials: Dials
+    ) -> tuple[jax.Array, tuple[Sums, dict]]:
+        hidden = self._hidden(trained["policy"], batch)
+        logp, entropy = self._read(trained["policy"], hidden, batch)
         old_logp = jax.lax.stop_gradient(logp) if batch.old_logp is None else batch.old_logp
         loss, sums = algo.policy_loss(
             logp,
@@ -157,18 +172,30 @@ class Learner:
             sampler_logp=batch.sampler_logp,
             entropy=entropy,
             segments=batch.segment_ids if self.segmented else None,
-            denominators=denominators,
+            denominators=counts.policy,
+            kl_coef=dials.kl_coef,
+            entropy_coef=dials.entropy_coef,
+            choice=choice,
         )
         gap = jnp.where(batch.mask, jnp.abs(old_logp - batch.sampler_logp), 0.0)
         count = batch.mask.sum().astype(jnp.float32)
         sums = sums | {"sampler_logp_difference/mean": (gap.sum(), count)}
+        if self.critic is not None:
+            assert counts.values is not None
+            value, more = self.critic.loss(hidden, trained["head"], batch, counts.values)
+            loss, sums = loss + value, sums | more
         return loss, (sums, {"sampler_logp_difference/max": gap.max()})
 
+    def _hidden(self, params: Params, batch: TrainBatch) -> jax.Array:
+        return self.model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.context_ids)
+
     def _score(self, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+        return self._read(params, self._hidden(params, batch), batch)
+
+    def _read(self, params: Params, hidden: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         """Log-probability and entropy [N, T] of the trained tokens, 0 elsewhere; only they meet the vocabulary."""
         rows, width = batch.tokens.shape
         scored = min(self.scored_len, width)
-        hidden = self.model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.context_ids)
         column = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :scored]  # [N, S], the trained columns first
         trained = jnp.take_along_axis(batch.mask, column, axis=1)
         source = jnp.take_along_axis(batch.source, column, axis=1)
@@ -193,19 +220,5 @@ class Learner:
 
         return place(logp), place(entropy)
 
-    def _split(self, batch: TrainBatch) -> TrainBatch:
-        """[N, ...] -> [microbatches, rows, ...], each part drawn from every device's rows."""
-        rows = self.microbatch_rows or batch.tokens.shape[0]
-
-        sharding = NamedSharding(self.model.compute.mesh, PartitionSpec(None, RULES["batch"]))
-
-        def cut(x: jax.Array) -> jax.Array:
-            parts = x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(parts, sharding)
-
-        return jax.tree.map(cut, batch)
-
-
-def _join(parts: jax.Array) -> jax.Array:
-    """Undo `Learner._split`: [microbatches, N / microbatches, T] -> [N, T]."""
-    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+    def _split(self, batch: Any) -> Any:
+        return split(batch, self.microbatch_rows, self.model.compute.mesh)

@@ -90,8 +90,13 @@ class TrainBatch:
         mask: [N, T] bool, True where trained.
         advantages: [N, T] float32.
         sampler_logp: [N, T] float32.
+        sample_ids: [N, T] int32 or None: the completion of the update that a token is of, whatever row it lies in; -1
+            for no completion. Tokens that are not trained have theirs too.
+        places: [N, T] int32 or None: a token's place in its completion, from 0.
         old_logp: [N, T] float32 or None: by the learner before the update.
         ref_logp: [N, T] float32 or None: by the frozen reference.
+        old_values: [N, T] float32 or None: the critic's value before each token, from before the first update.
+        returns: [N, T] float32 or None: what the value is to become; NaN where the completion was not scored.
     """
 
     tokens: jax.Array
@@ -102,8 +107,12 @@ class TrainBatch:
     mask: jax.Array
     advantages: jax.Array
     sampler_logp: jax.Array
+    sample_ids: jax.Array | None = None
+    places: jax.Array | None = None
     old_logp: jax.Array | None = None
     ref_logp: jax.Array | None = None
+    old_values: jax.Array | None = None
+    returns: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -115,8 +124,12 @@ class TrainState:
         params: the policy.
         opt_state: Optax state, sharded like the parameters it belongs to.
         step: scalar int32, optimizer updates applied.
+        critic: of the critic, its parameters a head [D] and, unless it shares the policy's, a trunk; None without.
+        reference: a reference that follows the policy; None where it stays what the run started from.
     """
 
     params: Params
     opt_state: Any
     step: jax.Array
+    critic: "TrainState | None" = None
+    reference: Params | None = None
