@@ -5,7 +5,7 @@ import pytest
 
 from grpo_jax.collect import Collector
 from grpo_jax.config import TrainConfig
-from grpo_jax.data import PromptStream
+from grpo_jax.data import PromptSet, PromptStream
 from grpo_jax.metrics import Phases
 from grpo_jax.rewards import RewardPool
 from grpo_jax.rollout import Sampling
@@ -53,7 +53,7 @@ def collector(kinds, rounds=4, dynamic=True, **algorithm):
         }
     )
     rows = [{"prompt": f"a{i}", "kind": kind} for i, kind in enumerate(kinds)]
-    stream = PromptStream(rows, TOKENIZER, seed=0, prompts_per_step=PROMPTS, shuffle=False)
+    stream = PromptStream([PromptSet(rows, TOKENIZER)], seed=0, prompts_per_step=PROMPTS, shuffle=False)
     engine, pool = EveryOther(), RewardPool([by_kind], 30.0, None)
     scorer = Scorer(pool, TOKENIZER, frozenset({1}), config)
     sampling = Sampling(max_new_tokens=LIMIT, stop_ids=(1,))

@@ -90,7 +90,7 @@ def explain(error: Exception, revision: str | None = None) -> str:
         return f"on the hub it has no revision {revision!r}; correct it"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub has none of that name, or a private one; correct it, or log in (hf auth login) or set HF_TOKEN"
-    if constants.is_offline_mode() and isinstance(error, OSError):
+    if constants.HF_HUB_OFFLINE and isinstance(error, OSError):
         return "it is not in the hub's cache, while HF_HUB_OFFLINE forbids to download it; unset that, or give a path"
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
         return f"{constants.ENDPOINT} cannot be reached; check the network, or give a path"

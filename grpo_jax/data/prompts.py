@@ -23,7 +23,9 @@ class PromptSet:
         filtered_count: those that are not.
         row_count: both together.
         longest: tokens of the longest prompt that is short enough.
+        columns: names of what the rows have besides the prompt.
         report: how many were left out for their length, in words; "" where none was.
+        columns: names of what a row holds besides the prompt.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PromptSet:
         self.prompts = [p for p in encoded if max_prompt_len is None or len(p.tokens) <= max_prompt_len]
         self.filtered_count = self.row_count - len(self.prompts)
         self.longest = max(len(prompt.tokens) for prompt in self.prompts)
+        self.columns = frozenset(self.prompts[0].columns or {})
         self.report = ""
         if self.filtered_count:
             self.report = (
@@ -92,8 +95,6 @@ class PromptStream:
         seed: int,
         prompts_per_step: int,
         shuffle: bool = True,
-        max_prompt_len: int | None = None,
-        prompt_column: str = "prompt",
     ) -> None:
         """Stand before the first draw.
 
@@ -107,8 +108,6 @@ class PromptStream:
         Raises:
             ValueError: an argument out of range.
         """
-        if not isinstance(sets[0], PromptSet):
-            sets, weights = [PromptSet(sets, weights, max_prompt_len, prompt_column)], None
         weights = [1.0] * len(sets) if weights is None else weights
         if not sets or len(weights) != len(sets) or not all(0 < w < np.inf for w in weights):
             raise ValueError(
@@ -129,8 +128,12 @@ class PromptStream:
         """Prompts left out because they are too long."""
         self.longest = max(part.longest for part in sets)
         """Tokens of the longest prompt that is drawn."""
+        self.columns = frozenset().union(*(part.columns for part in sets))
+        """Names of what the rows have besides the prompt; a row of a dataset without one gives None."""
         self.reports = tuple(part.report for part in sets if part.report)
         """What was left out, in words, a line for each dataset that has such prompts."""
+        self.columns = frozenset[str]().union(*(part.columns for part in sets))
+        """Names of what rows hold besides the prompt, whatever their dataset."""
 
     def __len__(self) -> int:
         """Prompts that can be drawn; with one dataset, those of an epoch."""

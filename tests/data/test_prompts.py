@@ -158,6 +158,11 @@ def test_a_mixture_goes_on_from_one_number(steps, per_step):
     assert draw(whole, 2) == draw(again, 2 * per_step)
 
 
+def test_columns_of_a_mixture_are_those_of_all():
+    sets = [PromptSet([{"prompt": "a", name: 1}], TOKENIZER) for name in ("x", "y")]
+    assert PromptStream(sets, seed=0, prompts_per_step=1).columns == {"x", "y"} and sets[0].columns == {"x"}
+
+
 def test_one_dataset_of_a_mixture_is_drawn_as_it_is_alone():
     alone = draw(stream(7, 1), 60)
     both = mixture(counts=(7, 3), weights=(1.0, 1.0), per_step=60)
@@ -202,7 +207,7 @@ def test_a_run_gets_its_prompts_from_the_config_or_from_what_it_is_handed(tmp_pa
     assert prompts.reports == (
         f"{a}: 1 of 7 prompts are longer than data.max_prompt_len = 6 tokens and are left out, the longest has 7",
     )
-    assert prompts.next()[0].columns.keys() == {"answer"}
+    assert prompts.next()[0].columns.keys() == prompts.columns == {"answer"}
     assert {name: len(part) for name, part in held_out_prompts(single, TOKENIZER).items()} == {"eval": 1}
     assert held_out_prompts(config(train=a, eval=None), TOKENIZER) == {}
 
