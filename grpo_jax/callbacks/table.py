@@ -23,6 +23,9 @@ def build(config: TrainConfig, directory: Path, warn: Callable[[str], None]) -> 
     """
     log = config.log
     rows: list[tuple[bool, Callable[[], Callback]]] = [
+        (True, lambda: Environment(warn)),
+        (True, lambda: Health(config, warn)),
+        (True, lambda: EarlyStopping(config.eval.stop)),
         (True, Curves),
         (log.report, lambda: Report(directory)),
         (log.tensorboard, lambda: TensorBoard(directory)),
