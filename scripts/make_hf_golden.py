@@ -1,70 +1,53 @@
-"""Writes tests/models/golden/*.npz: tiny random checkpoints with the logits and gradients of transformers.
+"""Writes tests/models/golden.npz: logits and gradients of transformers for the cases of tests/models/hf_cases.py.
 
     python scripts/make_hf_golden.py
 
-Needs torch and transformers; nothing of grpo_jax is imported, so the files know nothing of its mistakes.
-Each holds config.json as text, every tensor by its name, tokens [2, 24], logits [2, 24, V], and the gradient of the
-mean log-probability of tokens[:, 1:] for every one-dimensional tensor, all float32.
+Needs torch and transformers; nothing of grpo_jax is imported, so the file knows nothing of its mistakes. For each case:
+config.json as text, names and shapes of its tensors (their values are drawn from their names), and the first row's
+logits [LENGTH, V] float32. For the cases in GRADIENTS also the gradient of the mean log-probability of tokens[:, 1:] for
+every tensor of one dimension.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+import transformers
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-CONFIGS = {
-    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "llama": LlamaConfig(**SHAPE, head_dim=8, tie_word_embeddings=False, rope_parameters=LLAMA3),
-}
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "models"
+sys.path.insert(0, str(TESTS))
+
+from hf_cases import CASES, GRADIENTS, draw, draw_tokens, fields  # noqa: E402
 
 
-def golden(config: PreTrainedConfig, seed: int) -> dict[str, np.ndarray]:
-    generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            value.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
-    tokens = torch.randint(0, config.vocab_size, (2, 24), generator=generator)
-    logits = model(tokens).logits
-    logp = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])
-    logp.mean().backward()
-    gradients = {f"gradient/{n}": p.grad.numpy() for n, p in model.named_parameters() if p.ndim == 1}
+def golden(case: str) -> dict[str, np.ndarray]:
+    config = getattr(transformers, CASES[case][0])(**fields(case))
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        tensors = load_file(f"{directory}/model.safetensors")
-        text = json.dumps(json.loads(Path(directory, "config.json").read_text()))
-    arrays = {"tokens": tokens.numpy().astype(np.int32), "logits": logits.detach().numpy()}
-    return arrays | gradients | {"config": np.array(text)} | {f"tensor/{n}": t for n, t in tensors.items()}
+        file = Path(directory, "model.safetensors")
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+        shapes = {name: value.shape for name, value in load_file(file).items()}
+        save_file({name: draw(name, shape) for name, shape in shapes.items()}, file, metadata={"format": "pt"})
+        text = Path(directory, "config.json").read_text()
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    tokens = torch.from_numpy(draw_tokens()).long()
+    logits = model(tokens).logits
+    kept = {"config": np.array(json.dumps(json.loads(text))), "shapes": np.array(json.dumps(shapes))}
+    kept["logits"] = logits[0].detach().numpy()
+    if case in GRADIENTS:
+        logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean().backward()
+        kept |= {f"gradient/{n}": p.grad.numpy() for n, p in model.named_parameters() if p.ndim == 1}
+    return {f"{case}/{name}": value for name, value in kept.items()}
 
 
 def main() -> None:
-    folder = Path(__file__).resolve().parent.parent / "tests" / "models" / "golden"
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        np.savez_compressed(folder / f"{name}.npz", **golden(config, seed))
-        print(folder / f"{name}.npz", (folder / f"{name}.npz").stat().st_size, "bytes")
+    arrays = {name: value for case in CASES for name, value in golden(case).items()}
+    np.savez_compressed(TESTS / "golden.npz", **arrays)
+    print(TESTS / "golden.npz", (TESTS / "golden.npz").stat().st_size, "bytes")
 
 
 if __name__ == "__main__":

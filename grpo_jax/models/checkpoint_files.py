@@ -49,6 +49,10 @@ class TensorFile:
         """The tensor, copied from the file."""
         return self.handles[name].get_tensor(name)
 
+    def read_rows(self, name: str, start: int, count: int) -> np.ndarray:
+        """``count`` rows of the tensor from ``start`` on; the others are not read."""
+        return self.handles[name].get_slice(name)[start : start + count]
+
 
 def checkpoint_directory(directory: str | Path) -> Path:
     """``directory`` as a path, with a config.json in it.

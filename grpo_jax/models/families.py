@@ -8,9 +8,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo_jax.models.fields import Config, config_error, read_flag, read_size
-from grpo_jax.models.keys import ATTENTION, HEAD_NORMS, MLP, OUTER, PRE_NORMS, ROTARY_BUFFERS, Keys
-from grpo_jax.models.rotary_spec import RotaryRules, RotarySpec, read_rotary
+from grpo_jax.models.fields import Config, config_error, read_flag, read_number, read_size
+from grpo_jax.models.keys import (
+    ATTENTION,
+    BOTH_NORMS,
+    HEAD_NORMS,
+    JOINED,
+    MLP,
+    OUTER,
+    POST_NORMS,
+    PRE_NORMS,
+    PROJECTION_NORMS,
+    ROTARY_BUFFERS,
+    Keys,
+)
+from grpo_jax.models.rotary_spec import RotaryRules, RotarySpec, read_rotary, read_settings
 
 Windows = tuple[int | None, ...]
 """The attention window of each layer, None for full attention."""
@@ -106,7 +118,76 @@ def _kind(sliding: bool) -> str:
     return "sliding_attention" if sliding else "full_attention"
 
 
-QWEN = {"sliding_window": 4096, "num_key_value_heads": 32, "rms_norm_eps": 1e-6}
+def one_window(config: Config) -> Windows:
+    """``sliding_window`` is that of every layer; null is none."""
+    window = None if config.get("sliding_window") is None else read_size(config, "sliding_window")
+    return (window,) * read_size(config, "num_hidden_layers")
+
+
+def gemma2_windows(config: Config) -> Windows:
+    """Without ``layer_types`` every other layer, from the first on."""
+    return windows_by_type(config, [_kind(i % 2 == 0) for i in range(read_size(config, "num_hidden_layers"))])
+
+
+def gemma3_windows(config: Config) -> Windows:
+    """Without ``layer_types`` all but every sixth, or what ``sliding_window_pattern`` says."""
+    period = read_size(config, "sliding_window_pattern", 6)
+    return windows_by_type(config, [_kind((i + 1) % period > 0) for i in range(read_size(config, "num_hidden_layers"))])
+
+
+def gemma3_rotaries(config: Config, head_dim: int, rules: RotaryRules) -> tuple[RotarySpec | None, ...]:
+    """One for layers with a window and one for those without; older configs have ``rope_local_base_freq``."""
+    given = config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or not set(given) <= {"full_attention", "sliding_attention"}:
+        why = "one rotary for full_attention and one for sliding_attention is needed"
+        raise config_error("rope_parameters", given, why, "check the config")
+    full = {"rope_theta": config.get("rope_theta")} | dict(given.get("full_attention") or {})
+    full |= config.get("rope_scaling") or {}
+    sliding = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0} | dict(
+        given.get("sliding_attention") or {}
+    )
+    both = [read_settings(config, rope, head_dim, rules, "rope_parameters") for rope in (full, sliding)]
+    return tuple(both[window is not None] for window in gemma3_windows(config))
+
+
+def smollm3_rotaries(config: Config, head_dim: int, rules: RotaryRules) -> tuple[RotarySpec | None, ...]:
+    """Layers whose entry of ``no_rope_layers`` is 0 have none: every fourth, or what the interval says."""
+    return tuple(
+        rotary if turned else None
+        for rotary, turned in zip(same_rotary(config, head_dim, rules), _turned(config), strict=True)
+    )
+
+
+def smollm3_windows(config: Config) -> Windows:
+    """Without ``layer_types`` the layers without rotary, if ``use_sliding_window``."""
+    used = read_flag(config, "use_sliding_window") and config.get("sliding_window") is not None
+    return windows_by_type(config, [_kind(used and not turned) for turned in _turned(config)])
+
+
+def _turned(config: Config) -> list[bool]:
+    count, given = read_size(config, "num_hidden_layers"), config.get("no_rope_layers")
+    if given is None:
+        interval = read_size(config, "no_rope_layer_interval", 4)
+        return [(i + 1) % interval > 0 for i in range(count)]
+    if not isinstance(given, list) or len(given) < count or any(turned not in (0, 1) for turned in given):
+        raise config_error("no_rope_layers", given, f"0 or 1 for each of {count} layers is needed", "check it")
+    return [bool(turned) for turned in given[:count]]
+
+
+def root_of_width(config: Config) -> float:
+    """Gemma's factor of the embedding."""
+    return read_size(config, "hidden_size") ** 0.5
+
+
+def query_scalar(config: Config, head_dim: int) -> float:
+    """Gemma's factor of the queries."""
+    return read_number(config, "query_pre_attn_scalar") ** -0.5
+
+
+QWEN: Mapping[str, Any] = {"sliding_window": 4096, "num_key_value_heads": 32}
+GEMMA: Mapping[str, Any] = {"head_dim": 256, "tie_word_embeddings": True}
+CAUSAL: Mapping[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
+TANH = "gelu_pytorch_tanh"
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
@@ -128,7 +209,107 @@ FAMILIES: Mapping[str, Family] = {
         out_bias="attention_bias",
         qk_norm="head",
         windows=qwen_windows,
-        defaults=QWEN | {"head_dim": 128},
+        defaults={**QWEN, "head_dim": 128},
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        windows=one_window,
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        norm_offset=1.0,
+        renames={"gelu": TANH},
+        embed_scale=root_of_width,
+        only=CAUSAL,
+        defaults={**GEMMA, "hidden_act": TANH, "num_key_value_heads": 16},
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        layer={**BOTH_NORMS, **ATTENTION, **MLP},
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        post_norm=True,
+        norm_offset=1.0,
+        activation="hidden_activation",
+        windows=gemma2_windows,
+        query_scale=query_scalar,
+        embed_scale=root_of_width,
+        attention_cap="attn_logit_softcapping",
+        logit_cap="final_logit_softcapping",
+        only=CAUSAL,
+        defaults={
+            **GEMMA,
+            "hidden_activation": TANH,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        layer={**BOTH_NORMS, **ATTENTION, **HEAD_NORMS, **MLP},
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="head",
+        post_norm=True,
+        norm_offset=1.0,
+        activation="hidden_activation",
+        windows=gemma3_windows,
+        rotaries=gemma3_rotaries,
+        rotary=RotaryRules(theta=1_000_000.0),
+        query_scale=query_scalar,
+        embed_scale=root_of_width,
+        logit_cap="final_logit_softcapping",
+        only=CAUSAL,
+        defaults={
+            **GEMMA,
+            "hidden_activation": TANH,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+        },
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        layer={**PRE_NORMS, **JOINED},
+        windows=one_window,
+        rotary=RotaryRules(partial=True, kinds=("default", "longrope"), renames={"su": "longrope", "yarn": "longrope"}),
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        layer={**POST_NORMS, **ATTENTION, **PROJECTION_NORMS, **MLP},
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="all",
+        pre_norm=False,
+        post_norm=True,
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        query_scale=lambda config, head_dim: read_number(config, "attention_multiplier", 1.0),
+        embed_scale=lambda config: read_number(config, "embedding_multiplier", 1.0),
+        residual_scale="residual_multiplier",
+        logit_divisor="logits_scaling",
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        windows=smollm3_windows,
+        rotaries=smollm3_rotaries,
+        rotary=RotaryRules(theta=2_000_000.0),
+        defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
     ),
 }
 """model_type -> record."""

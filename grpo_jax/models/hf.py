@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,15 +64,23 @@ OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.parti
 
 @dataclass(frozen=True)
 class Entry:
-    """One Hugging Face tensor: its name and shape, and where it lies in the parameters (``index``: in a stack)."""
+    """A Hugging Face tensor, or rows of one, and where they lie in a parameter.
+
+    Attributes:
+        name: of the tensor.
+        shape: of these rows.
+        index: into the parameter: (), or a layer's place in its stack, or that and an expert's number.
+        part: their place among the entries of this name, which lie one below the other.
+    """
 
     name: str
     shape: tuple[int, ...]
-    index: int | None
+    index: tuple[int, ...]
+    part: int
 
 
 def tensor_entries(model: Model) -> Params:
-    """For each parameter the entries of its tensors: one, or one for each layer of its stack."""
+    """For each parameter the list of its entries: one, or one for each layer of its stack, or for each expert too."""
     family, weights = FAMILIES[model.spec.family], model.layout.weights
     numbers: dict[str, list[int]] = {}
     for number, (name, _) in enumerate(transformer.layer_places(model.spec.runs)):
@@ -80,18 +88,47 @@ def tensor_entries(model: Model) -> Params:
 
     def outer(path: Any, weight: Any) -> list[Entry]:
         tensor = family.outer[_dotted(path)]
-        return [Entry(tensor.name, _joined(weight.shape, tensor.joins), None)]
+        return [Entry(tensor.name, _joined(weight.shape, tensor.joins), (), tensor.part)]
 
     def stacked(layers: list[int], path: Any, weight: Any) -> list[Entry]:
         tensor = family.layer[_dotted(path)]
-        shape = _joined(weight.shape[1:], tensor.joins)
-        return [Entry(tensor.name.format(i=number), shape, index) for index, number in enumerate(layers)]
+        experts = range(weight.shape[1]) if "{e}" in tensor.name else [None]
+        shape = _joined(weight.shape[1 if experts == [None] else 2 :], tensor.joins)
+        return [
+            Entry(tensor.name.format(i=layer, e=e), shape, (place,) if e is None else (place, e), tensor.part)
+            for place, layer in enumerate(layers)
+            for e in experts
+        ]
 
     stacks = {
         name: jax.tree_util.tree_map_with_path(partial(stacked, numbers[name]), tree)
         for name, tree in weights["layers"].items()
     }
     return {"outer": jax.tree_util.tree_map_with_path(outer, weights["outer"]), "layers": stacks}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A Hugging Face tensor and its parts: for each the number of the parameter among the leaves, and the entry."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[int, Entry], ...]
+
+
+def list_tensors(model: Model) -> list[Tensor]:
+    """Every tensor of the model's checkpoint, in the order of its parameters."""
+    parts: dict[str, list[tuple[int, Entry]]] = {}
+    is_list = lambda node: isinstance(node, list)  # noqa: E731
+    for leaf, entries in enumerate(jax.tree.leaves(tensor_entries(model), is_leaf=is_list)):
+        for entry in entries:
+            parts.setdefault(entry.name, []).append((leaf, entry))
+    tensors = []
+    for name, found in parts.items():
+        found.sort(key=lambda pair: pair[1].part)
+        shape = found[0][1].shape
+        tensors.append(Tensor(name, (sum(e.shape[0] for _, e in found), *shape[1:]), tuple(found)))
+    return tensors
 
 
 def load_model(
@@ -101,6 +138,7 @@ def load_model(
     param_dtype: str | None = None,
     precision: str | None = None,
     remat: str = "none",
+    longest: int = 0,
 ) -> tuple[Model, Params]:
     """Loads a Hugging Face directory; needs config.json and safetensors, no tokenizer.
 
@@ -110,17 +148,27 @@ def load_model(
         mesh: the parameters go straight into their sharding on it; by default the first device.
         param_dtype: what the parameters are stored in, float32 by default, see ``Model``.
         precision, remat: see ``Model``.
+        longest: tokens of the longest text of the run. Only rotaries whose frequencies depend on a text's length ask
+            for it; there a text longer than the model was first trained for is an error without it, and with it every
+            text has the frequencies of the longest.
 
     Raises:
         ValueError: not a checkpoint, an unsupported one, a damaged file, a missing, unexpected or misshapen tensor.
     """
     path = checkpoint_directory(directory)
-    model = Model(_read_spec(path), dtype, param_dtype or "float32", precision, mesh, remat)
+    model = Model(_read_spec(path, longest), dtype, param_dtype or "float32", precision, mesh, remat)
     with open_tensors(path) as tensors:
-        entries = tensor_entries(model)
-        _check(model, jax.tree.leaves(entries), tensors)
+        listed = list_tensors(model)
+        _check(model, listed, tensors)
+        starts = {
+            (tensor.name, entry.part): sum(e.shape[0] for _, e in tensor.parts[:place])
+            for tensor in listed
+            if len(tensor.parts) > 1
+            for place, (_, entry) in enumerate(tensor.parts)
+        }
         is_list = lambda node: isinstance(node, list)  # noqa: E731
-        params = jax.tree.map(partial(_read, tensors), entries, model.abstract_params, is_leaf=is_list)
+        read = partial(_read, tensors, starts)
+        params = jax.tree.map(read, tensor_entries(model), model.abstract_params, is_leaf=is_list)
     return model, params
 
 
@@ -154,12 +202,12 @@ def save_hf(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; tensors are written in {', '.join(DTYPES)}; use one of them")
     config = json.loads(model.spec.hf_config) if origin is None else read_json(origin / CONFIG)
-    if ModelSpec.from_hf(config) != model.spec:
+    if ModelSpec.from_hf(config, model.spec.longest) != model.spec:
         where = "the model's own config" if origin is None else origin / CONFIG
         raise ValueError(f"{where}: got the config of another model; what is saved would not load; check the source")
     default = dtype or model.spec.dtype or model.param_dtype
     dtypes = {} if origin is None or dtype is not None else _source_dtypes(origin)
-    shards = _plan_shards(jax.tree.leaves(tensor_entries(model)), dtypes, default, shard_bytes)
+    shards = _plan_shards(list_tensors(model), dtypes, default, shard_bytes)
     writer = jax.process_index() == 0
     files = _write_tensors(model, params, target, shards, dtypes, default, writer)
     if writer:
@@ -169,19 +217,19 @@ def save_hf(
         multihost_utils.sync_global_devices("save_hf")
 
 
-def _read_spec(path: Path) -> ModelSpec:
+def _read_spec(path: Path, longest: int) -> ModelSpec:
     """config.json, with the stop tokens of generation_config.json beside its own."""
     try:
-        spec = ModelSpec.from_hf(read_json(path / CONFIG))
+        spec = ModelSpec.from_hf(read_json(path / CONFIG), longest)
         generation = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
         return replace(spec, stop_ids=tuple(sorted({*spec.stop_ids, *read_stop_ids(generation)})))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check(model: Model, entries: list[Entry], tensors: TensorFile) -> None:
+def _check(model: Model, listed: list[Tensor], tensors: TensorFile) -> None:
     family, where = FAMILIES[model.spec.family], tensors.directory
-    expected = {entry.name: entry for entry in entries}
+    expected = {tensor.name: tensor for tensor in listed}
     missing = [name for name in expected if name not in tensors.handles]
     if missing:
         raise ValueError(
@@ -201,11 +249,11 @@ def _check(model: Model, entries: list[Entry], tensors: TensorFile) -> None:
             f"{where}: got unexpected tensor {_some(unexpected)}; the model that config.json describes has no place "
             "for it; check that config.json is this checkpoint's own"
         )
-    for name, entry in expected.items():
+    for name, tensor in expected.items():
         tensors.dtype(name)
-        if tensors.shape(name) != entry.shape:
+        if tensors.shape(name) != tensor.shape:
             raise ValueError(
-                f"{where}: tensor {name}: got shape {tensors.shape(name)}; config.json asks for {entry.shape}; "
+                f"{where}: tensor {name}: got shape {tensors.shape(name)}; config.json asks for {tensor.shape}; "
                 "check that config.json is this checkpoint's own"
             )
     if model.spec.tied and head in tensors.handles:
@@ -217,23 +265,30 @@ def _check(model: Model, entries: list[Entry], tensors: TensorFile) -> None:
             )
 
 
-def _read(tensors: TensorFile, entries: list[Entry], target: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(
+    tensors: TensorFile,
+    starts: dict[tuple[str, int], int],
+    entries: list[Entry],
+    target: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """One parameter, filled in place. ``starts``: name and part -> its first row, for tensors in parts."""
     buffer = np.empty(target.shape, target.dtype)
     for entry in entries:
-        slot = buffer[...] if entry.index is None else buffer[entry.index]
-        slot[...] = tensors.read(entry.name).reshape(slot.shape)
+        slot, start = buffer[entry.index], starts.get((entry.name, entry.part))
+        value = tensors.read(entry.name) if start is None else tensors.read_rows(entry.name, start, entry.shape[0])
+        slot[...] = value.reshape(slot.shape)
     return transformer.place(buffer, target.sharding)
 
 
-def _plan_shards(entries: list[Entry], dtypes: dict[str, str], default: str, shard_bytes: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
+def _plan_shards(tensors: list[Tensor], dtypes: dict[str, str], default: str, shard_bytes: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
     size = 0
-    for entry in entries:
-        bytes_ = math.prod(entry.shape) * jnp.dtype(dtypes.get(entry.name, default)).itemsize
+    for tensor in tensors:
+        bytes_ = math.prod(tensor.shape) * jnp.dtype(dtypes.get(tensor.name, default)).itemsize
         if shards[-1] and size + bytes_ > shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(entry)
+        shards[-1].append(tensor)
         size += bytes_
     return shards
 
@@ -242,44 +297,49 @@ def _write_tensors(
     model: Model,
     params: Params,
     target: Path,
-    shards: list[list[Entry]],
+    shards: list[list[Tensor]],
     dtypes: dict[str, str],
     default: str,
     writer: bool,
 ) -> list[str]:
     """Gathers on every process, writes on one; the names of the files, which lie there as partial."""
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-    gathered = _gathered(model, params)
+    gather = _gatherer(model, params)
     total = 0
     if writer:
         target.mkdir(parents=True, exist_ok=True)
     for name, shard in zip(names, shards, strict=True):
         held: dict[str, np.ndarray] = {}
-        for entry in shard:
-            value = next(gathered)
+        for tensor in shard:
+            value = gather(tensor)
             if writer:
-                held[entry.name] = value.reshape(entry.shape).astype(jnp.dtype(dtypes.get(entry.name, default)))
-                total += held[entry.name].nbytes
+                held[tensor.name] = value.astype(jnp.dtype(dtypes.get(tensor.name, default)))
+                total += held[tensor.name].nbytes
         if writer:
             save_file(held, target / (name + PARTIAL), metadata={"format": "pt"})
     if not writer or len(shards) == 1:
         return names
-    listed = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    listed = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
     (target / (INDEX + PARTIAL)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*names, INDEX]
 
 
-def _gathered(model: Model, params: Params) -> Iterator[np.ndarray]:
-    """Every tensor in the order of the entries, whole on this host, one at a time."""
-    whole = NamedSharding(model.compute.mesh, PartitionSpec())
-    pick = jax.jit(lambda x, index: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), out_shardings=whole)
-    copy = jax.jit(lambda x: x, out_shardings=whole)
-    is_list = lambda node: isinstance(node, list)  # noqa: E731
-    lists = jax.tree.leaves(tensor_entries(model), is_leaf=is_list)
-    for entries, leaf in zip(lists, jax.tree.leaves(params), strict=True):
-        for entry in entries:
-            yield np.asarray(copy(leaf) if entry.index is None else pick(leaf, entry.index))
+def _gatherer(model: Model, params: Params) -> Callable[[Tensor], np.ndarray]:
+    """A function that gives a tensor, whole on this host."""
+    whole, leaves = NamedSharding(model.compute.mesh, PartitionSpec()), jax.tree.leaves(params)
+
+    @partial(jax.jit, out_shardings=whole)
+    def pick(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+        for place in index:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, place, 0, keepdims=False)
+        return leaf
+
+    def gather(tensor: Tensor) -> np.ndarray:
+        parts = [np.asarray(pick(leaves[leaf], entry.index)).reshape(entry.shape) for leaf, entry in tensor.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return gather
 
 
 def _write_small(target: Path, origin: Path | None, config: str) -> list[str]:

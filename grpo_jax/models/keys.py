@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Key:
     """A Hugging Face tensor and how its axes are cut.
 
     Attributes:
@@ -23,11 +23,11 @@ class Tensor:
     part: int = 0
 
 
-Keys = Mapping[str, Tensor]
+Keys = Mapping[str, Key]
 
 
-def _in_layer(names: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-    return {path: Tensor(f"model.layers.{{i}}.{name}", joins) for path, (name, joins) in names.items()}
+def _in_layer(names: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Key]:
+    return {path: Key(f"model.layers.{{i}}.{name}", joins) for path, (name, joins) in names.items()}
 
 
 ATTENTION: Keys = _in_layer(
@@ -92,19 +92,19 @@ PROJECTION_NORMS: Keys = _in_layer(
 )
 
 JOINED: Keys = {
-    "attention.q.kernel": Tensor("model.layers.{i}.self_attn.qkv_proj.weight", (2, 1), 0),
-    "attention.k.kernel": Tensor("model.layers.{i}.self_attn.qkv_proj.weight", (2, 1), 1),
-    "attention.v.kernel": Tensor("model.layers.{i}.self_attn.qkv_proj.weight", (2, 1), 2),
+    "attention.q.kernel": Key("model.layers.{i}.self_attn.qkv_proj.weight", (2, 1), 0),
+    "attention.k.kernel": Key("model.layers.{i}.self_attn.qkv_proj.weight", (2, 1), 1),
+    "attention.v.kernel": Key("model.layers.{i}.self_attn.qkv_proj.weight", (2, 1), 2),
     "attention.out.kernel": ATTENTION["attention.out.kernel"],
-    "mlp.gate.kernel": Tensor("model.layers.{i}.mlp.gate_up_proj.weight", (1, 1), 0),
-    "mlp.up.kernel": Tensor("model.layers.{i}.mlp.gate_up_proj.weight", (1, 1), 1),
+    "mlp.gate.kernel": Key("model.layers.{i}.mlp.gate_up_proj.weight", (1, 1), 0),
+    "mlp.up.kernel": Key("model.layers.{i}.mlp.gate_up_proj.weight", (1, 1), 1),
     "mlp.down.kernel": MLP["mlp.down.kernel"],
 }
 
 OUTER: Keys = {
-    "embed.kernel": Tensor("model.embed_tokens.weight", (1, 1)),
-    "norm.scale": Tensor("model.norm.weight", (1,)),
-    "head.kernel": Tensor("lm_head.weight", (1, 1)),
+    "embed.kernel": Key("model.embed_tokens.weight", (1, 1)),
+    "norm.scale": Key("model.norm.weight", (1,)),
+    "head.kernel": Key("lm_head.weight", (1, 1)),
 }
 
 ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")

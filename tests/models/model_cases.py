@@ -10,12 +10,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grpo_jax.models import Model, ModelSpec
-from grpo_jax.models.hf import tensor_entries
+from grpo_jax.models.hf import list_tensors
 
 HIDDEN, PREFILL, DECODE = (jax.jit(f, static_argnums=0) for f in (Model.hidden, Model.prefill, Model.decode))
 """Jitted with the model static, so that tests of equal shapes share a compile."""
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden.npz"
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -70,14 +70,11 @@ def write_checkpoint(directory: Path, config: dict[str, Any], tensors: dict[str,
 
 def by_hf_name(model: Model, params: Any) -> dict[str, np.ndarray]:
     """Parameters, or their gradients, as Hugging Face's tensors."""
-    is_list = lambda node: isinstance(node, list)  # noqa: E731
-    lists = jax.tree.leaves(tensor_entries(model), is_leaf=is_list)
-    named = {}
-    for entries, leaf in zip(lists, jax.tree.leaves(params), strict=True):
-        for entry in entries:
-            value = np.asarray(leaf if entry.index is None else leaf[entry.index])
-            named[entry.name] = value.reshape(entry.shape)
-    return named
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    return {
+        tensor.name: np.concatenate([leaves[leaf][entry.index].reshape(entry.shape) for leaf, entry in tensor.parts])
+        for tensor in list_tensors(model)
+    }
 
 
 def whole_rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,9 +85,7 @@ def whole_rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def mean_logp(model: Model, params: Any, tokens: np.ndarray) -> jax.Array:
     """Mean log-probability of ``tokens[:, 1:]``."""
-    hidden = model.hidden(params, *whole_rows(tokens))
-    logits = jnp.einsum("ntd,vd->ntv", hidden, model.unembedding(params), precision=model.precision)
-    logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    logp = jax.nn.log_softmax(model.logits(params, tokens)[:, :-1])
     return jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).mean()
 
 
@@ -99,3 +94,13 @@ def relative(got: Any, want: Any) -> float:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def check_gradients(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    """Every gradient that is wanted, to 2e-5 of the largest."""
+    scale = max(np.abs(want).max() for want in wanted.values())
+    for name, want in wanted.items():
+        assert np.abs(got[name] - want).max() < 2e-5 * scale, name
+
+
+VALUE_AND_GRADIENT = jax.jit(jax.value_and_grad(mean_logp, argnums=1), static_argnums=0)
