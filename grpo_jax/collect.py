@@ -9,6 +9,7 @@ import numpy as np
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptStream
 from grpo_jax.metrics import Phases
+from grpo_jax.rewards import TrainerState
 from grpo_jax.rollout import Engine, Sampling
 from grpo_jax.scoring import Answers, Scored, Scorer
 from grpo_jax.types import Params, Prompt, Rollout
@@ -89,6 +90,11 @@ class Collector:
         self._left_over = [self._prompts.by_request(i) for i in state["left_over"]]
         self._counts |= state["counts"]
 
+    def progress(self, step: int) -> TrainerState:
+        """How far the run is at a step, for the reward functions that look at it."""
+        epoch = self._prompts.state() / len(self._prompts)
+        return TrainerState(step, self._config.steps, epoch, self._config.rollout.max_new_tokens)
+
     def _round(self, params: Params, step: int) -> tuple[list[Prompt], Rollout, Answers]:
         config = self._config
         with self._phases("data"):
@@ -110,7 +116,7 @@ class Collector:
                 "nothing. Lower optim.learning_rate; an earlier checkpoint may still be sound."
             )
         with self._phases("reward"):
-            return prompts, rollout, self._scorer.rewards(prompts, rollout)
+            return prompts, rollout, self._scorer.rewards(prompts, rollout, self.progress(step))
 
     def _select(
         self, rounds: list[tuple[list[Prompt], Rollout, Answers]], spread: np.ndarray, wanted: int

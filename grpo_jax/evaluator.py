@@ -8,6 +8,7 @@ import numpy as np
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet
 from grpo_jax.evaluation import avg_at_k, pass_at_k
+from grpo_jax.rewards import TrainerState
 from grpo_jax.rollout import Engine, Sampling
 from grpo_jax.scoring import Scorer
 from grpo_jax.types import Params, Prompt
@@ -36,34 +37,41 @@ class Evaluator:
     config: TrainConfig
     warn: Callable[[str], None]
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """Figures by name: "eval/accuracy" and the like; with several sets "eval/<set>/accuracy" of each as well."""
+    def evaluate(self, params: Params, state: TrainerState | None = None) -> dict[str, float]:
+        """Figures by name: "eval/accuracy" and the like; with several sets "eval/<set>/accuracy" of each as well.
+
+        Args:
+            params: to judge.
+            state: how far the run is, for the reward functions that look at it.
+        """
         out: dict[str, float] = {}
         for name, prompts in self.held_out.items():
-            figures = self._figures(params, prompts.prompts)
+            figures = self._figures(params, prompts.prompts, state)
             if not out:
                 out |= {f"eval/{figure}": value for figure, value in figures.items()}
             if len(self.held_out) > 1:
                 out |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
         return out
 
-    def _figures(self, params: Params, prompts: list[Prompt]) -> dict[str, float]:
+    def _figures(self, params: Params, prompts: list[Prompt], state: TrainerState | None) -> dict[str, float]:
         greedy = replace(self.sampling, temperature=0.0, top_k=None, top_p=None)
-        out = {"accuracy": float(self._correct(params, prompts, 1, greedy).mean())}
+        out = {"accuracy": float(self._correct(params, prompts, 1, greedy, state).mean())}
         k = self.config.eval.samples
         if k:
-            correct = self._correct(params, prompts, k, self.sampling).sum(1)
+            correct = self._correct(params, prompts, k, self.sampling, state).sum(1)
             out["avg_at_k"] = float(np.mean(avg_at_k(k, correct)))
             out["pass_at_k"] = float(np.mean(pass_at_k(k, correct, k)))
         return out
 
-    def _correct(self, params: Params, prompts: list[Prompt], samples: int, sampling: Sampling) -> np.ndarray:
+    def _correct(
+        self, params: Params, prompts: list[Prompt], samples: int, sampling: Sampling, state: TrainerState | None
+    ) -> np.ndarray:
         """[prompts, samples] bool: the first reward function is above the threshold."""
         seed = self.config.seed
         rollout = self.engine.generate(
             params, prompts, num_samples=samples, sampling=sampling, seed=seed, step=EVAL_ROUND
         )
-        answers = self.scorer.rewards(prompts, rollout)
+        answers = self.scorer.rewards(prompts, rollout, state)
         for warning in answers.warnings:
             self.warn(warning)
         first = np.nan_to_num(answers.by_function[0])

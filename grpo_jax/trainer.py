@@ -42,7 +42,7 @@ from grpo_jax.metrics import (
 )
 from grpo_jax.models import Model, load_model, save_hf
 from grpo_jax.preflight import report, versions
-from grpo_jax.rewards import RewardPool
+from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import Sampling, StaticEngine
 from grpo_jax.scoring import Scorer
 from grpo_jax.types import Params
@@ -192,13 +192,14 @@ class _Run:
         engine = StaticEngine(self.model, prompt_len, config.rollout.prompts_per_step * config.rollout.num_samples)
         scorer = Scorer(pool, self.tokenizer, stops, config)
         self.names = tuple(pool.names) if pool else config.reward.functions
+        if pool is not None:
+            for part in every:
+                pool.check_columns(part.columns)
         self.collector = Collector(prompts, engine, scorer, sampling, config, self.phases)
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
         layout = layout_of(config, self.model, prompt_len)
         self.facts = [report(self.model, config, layout, prompt_len)]
-        left_out = sum(each.filtered_count for each in every)
-        if left_out:
-            self.facts.append(f"{left_out} prompts are longer than data.max_prompt_len and are left out")
+        self.facts += [*prompts.reports, *(each.report for each in sets.values() if each.report)]
         self.learning = Learning(config, self.model, params, layout, self.phases)
         self._start()
 
@@ -268,11 +269,14 @@ class _Run:
         if not self.evaluator.held_out:
             return False
         with self.phases("evaluate"):
-            row: dict[str, Any] = {"step": step, **self.evaluator.evaluate(self.learning.params)}
+            row: dict[str, Any] = {"step": step, **self._figures(step)}
         self.record["accuracy"].append(row["eval/accuracy"])
         row["seconds/elapsed"] = self.elapsed()
         self.metrics.write(row)
         return self.watchers.evaluation(Evaluation(step, row))
+
+    def _figures(self, step: int) -> dict[str, float]:
+        return self.evaluator.evaluate(self.learning.params, self.collector.progress(step))
 
     def save(self, step: int) -> None:
         """Write the one record from which the run goes on, unless it is there already."""
@@ -337,12 +341,12 @@ def _configure_jax(config: TrainConfig) -> None:
 
 
 def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:
-    overlong = {"max_completion_len": config.rollout.max_new_tokens}
     return RewardPool(
         functions,
         config.reward.timeout_seconds,
         config.reward.memory_limit_mb,
-        {"soft_overlong": overlong} if "soft_overlong" in functions else None,
+        config.reward.options,
+        TrainerState(max_steps=config.steps, max_completion_len=config.rollout.max_new_tokens),
     )
 
 

@@ -269,7 +269,7 @@ def test_prompts_that_are_too_long_are_counted_and_said(checkpoint, tmp_path, ca
     )
     rows = [*ROWS[:8], {"prompt": "10+10=", "answer": "20"}]
     grpo_jax.Trainer(model=checkpoint, reward_funcs=share_of_digits, train_dataset=rows, config=config).train()
-    assert "1 prompts are longer than data.max_prompt_len" in capsys.readouterr().out
+    assert "1 of 9 prompts are longer than data.max_prompt_len" in capsys.readouterr().out
 
 
 def test_contract_10_the_reference_stays_where_the_run_started(checkpoint, tmp_path):
