@@ -7,6 +7,7 @@ limit. Nothing here imports jax, and importing this package imports only the sta
 guide.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.rewards.answer_format import answer_format
@@ -15,7 +16,7 @@ from grpo_jax.rewards.cosine_length import cosine_length
 from grpo_jax.rewards.countdown import countdown
 from grpo_jax.rewards.exact_match import exact_match
 from grpo_jax.rewards.gsm8k import gsm8k
-from grpo_jax.rewards.lookup import Reward, bind, find_reward, reward_name
+from grpo_jax.rewards.lookup import Reward, bind, defaults, find_reward, reward_name
 from grpo_jax.rewards.math_verify import math_verify
 from grpo_jax.rewards.quickstart import quickstart
 from grpo_jax.rewards.regex import regex
@@ -61,7 +62,15 @@ def resolve(spec: str, /, **options: Any) -> Reward:
     >>> overlong(prompts=[""], completions=[""], completion_ids=[[1] * 8])
     [-0.5]
     """
-    return bind(find_reward(spec, REWARDS), options, reward_name(spec))
+    return load_reward(spec, options, reward_name(spec))
+
+
+def load_reward(spec: str, options: Mapping[str, Any], name: str) -> Reward:
+    """As ``resolve``, for a reward that its run calls ``name``."""
+    function = find_reward(spec, REWARDS)
+    # A column of the dataset may fill any parameter of a user's function, but no option of a built-in.
+    own = defaults(function) if spec in REWARDS else {}
+    return bind(function, {**own, **options}, name)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ _NUMBER = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _BOX = "\\boxed{"
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|[$\s]")
+_WORDS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
 
 
@@ -72,12 +73,12 @@ def normalise(answer: str) -> str:
 
 
 def normalise_latex(answer: str) -> str:
-    r"""An answer without what changes only how LaTeX sets it: sizes of brackets and fractions, space, dollars.
+    r"""An answer without what changes only how LaTeX sets it: sizes of brackets and fractions, fonts, space, dollars.
 
-    >>> normalise_latex(r"$\left( \dfrac{1}{2},\, 3 \right)$"), normalise_latex("1,200.")
-    ('(\\frac{1}{2},3)', '1200')
+    >>> normalise_latex(r"$\left( \dfrac{1}{2},\, 3 \right)$"), normalise_latex(r"\text{North} 1,200")
+    ('(\\frac{1}{2},3)', 'north1,200')
     """
-    return normalise(_FRACTION.sub(r"\\frac", _LAYOUT.sub("", answer)))
+    return normalise(_FRACTION.sub(r"\\frac", _LAYOUT.sub("", _WORDS.sub(r"\1", answer))))
 
 
 def rest_of_line(text: str, start: int) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from grpo_jax.rewards.lookup import SAMPLES, Reward, needed_columns, parameters
+from grpo_jax.rewards.lookup import SAMPLES, Reward, needed_columns, parameters, words_of
 from grpo_jax.rewards.state import Logged, Notes, TrainerState
 
 LARGEST = 3.4028234663852886e38
@@ -86,7 +86,7 @@ def missing_column(needed: Iterable[str], columns: Iterable[str]) -> str | None:
         return None
     return (
         f"needs a column {missing[0]!r}, but the data's columns are {there}; add it, or rename one "
-        f"(data.rename_columns), or give the function's parameter a default"
+        "(data.rename_columns), or give the function's parameter a default"
     )
 
 
@@ -120,7 +120,7 @@ def raised(function: Reward, batch: Batch, wait: Wait, error: BaseException) -> 
     row = start if len(batch) == 1 or _raises_alike(function, batch.rows(start, stop), wait, error) else None
     on = "" if row is None or len(batch) == 0 else f" on completion {_show(_text(batch.completions[row]))}"
     return RewardProblem(
-        f"raised {type(error).__name__}: {_words(error)}{_place(error)}{on}; "
+        f"raised {type(error).__name__}: {words_of(error)}{_place(error)}{on}; "
         "repair it, or return None for what it cannot judge",
         row,
     )
@@ -190,13 +190,6 @@ def _raises_alike(function: Reward, batch: Batch, wait: Wait, error: BaseExcepti
     except BaseException as another:
         return type(another) is type(error)
     return False
-
-
-def _words(error: BaseException) -> str:
-    try:
-        return " ".join(str(error)[:1000].split())
-    except Exception:
-        return "(its message could not be made)"
 
 
 def _place(error: BaseException) -> str:

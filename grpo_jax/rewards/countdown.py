@@ -44,7 +44,7 @@ def countdown(
         prompts: not looked at.
         completions: [N] strings or lists of messages.
         completion_ids: not looked at.
-        nums: [N] lists of whole numbers.
+        nums: [N] lists of whole numbers, or texts with them, as a CSV file has.
         target: [N] numbers to reach.
         near: reward of an expression that uses each number once and misses the target.
         **columns: not looked at.
@@ -59,12 +59,12 @@ def countdown(
     ]
 
 
-def _score(text: str, numbers: Sequence[Any], wanted: Any, near: float) -> float:
+def _score(text: str, numbers: str | Sequence[Any], wanted: Any, near: float) -> float:
     expression = _expression(text)
     if expression is None:
         return 0.0
-    used = Counter(int(digits) for digits in re.findall("[0-9]+", expression))
-    if used != Counter(int(number) for number in numbers):
+    given = re.findall("[0-9]+", numbers) if isinstance(numbers, str) else numbers
+    if Counter(map(int, re.findall("[0-9]+", expression))) != Counter(map(int, given)):
         return 0.0
     try:
         value = _value(ast.parse(expression, mode="eval").body)

@@ -138,10 +138,29 @@ def needed_columns(function: Reward) -> tuple[str, ...]:
     return tuple(key for key, p in named.items() if p.default is p.empty and key not in RESERVED)
 
 
+def defaults(function: Reward) -> dict[str, Any]:
+    """The options of a function that says what they are when nobody gives them.
+
+    >>> def f(completions, answer, *, level=1, trainer_state=None, **columns): ...
+    >>> defaults(f)
+    {'level': 1}
+    """
+    named = _named(inspect.signature(function))
+    return {key: p.default for key, p in named.items() if p.default is not p.empty and key not in RESERVED}
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """What to add to an error about a word that is none of ``words``: the nearest of them, or nothing."""
     close = difflib.get_close_matches(word, list(words), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def words_of(error: BaseException) -> str:
+    """An error's message in one line of at most 1,000 characters."""
+    try:
+        return " ".join(str(error)[:1000].split())
+    except Exception:
+        return "(its message could not be made)"
 
 
 def _named(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
@@ -156,7 +175,7 @@ def _load_module(spec: str, place: str) -> dict[str, Any]:
         raise  # about the process, as in a call
     except Exception as error:
         raise ValueError(
-            f"reward {spec!r}: importing {place!r} raised {type(error).__name__}: {error}; "
+            f"reward {spec!r}: importing {place!r} raised {type(error).__name__}: {words_of(error)}; "
             "install or repair it, or write path/file.py:function"
         ) from error
 
@@ -179,6 +198,6 @@ def _load_file(spec: str, path: Path) -> dict[str, Any]:
         raise  # about the process, as in a call
     except Exception as error:
         raise ValueError(
-            f"reward {spec!r}: running {path} raised {type(error).__name__}: {error}; repair the file"
+            f"reward {spec!r}: running {path} raised {type(error).__name__}: {words_of(error)}; repair the file"
         ) from error
     return vars(module)

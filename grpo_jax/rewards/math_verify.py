@@ -56,13 +56,16 @@ def math_verify(
 
 
 def _score(text: str, wanted: str, longest: int, same: Callable[[str, str], bool | None]) -> float | None:
-    right, said = _marked(wanted), _marked(text)
-    right = wanted if right is None else right
-    if said is not None and (plain := normalise_latex(said)) and plain == normalise_latex(right):
+    said, right = _marked(text), _marked(wanted)
+    shown, right = text if said is None else said, wanted if right is None else right
+    if len(shown) <= longest and (plain := normalise_latex(shown)) and plain == normalise_latex(right):
         return 1.0
     if said is not None and not 0 < len(said) <= longest:
         return 0.0
-    verdict = same(right, text[-TAIL:] if said is None else _in_box(said))
+    verdict = same(
+        _in_box(right) if len(right) <= longest else right[-TAIL:],
+        text[-TAIL:] if said is None else _in_box(said),
+    )
     return None if verdict is None else float(verdict)
 
 
@@ -82,7 +85,7 @@ def _in_box(answer: str) -> str:
 
 
 def _comparison(timeout_seconds: int) -> Callable[[str, str], bool | None]:
-    """(right answer, text with an answer) -> equal, or None where the right answer means nothing; never raises."""
+    """(text with the right answer, text with an answer) -> equal, or None where the right one means nothing."""
     if importlib.util.find_spec("math_verify") is None:
         raise ValueError(
             "needs the package math-verify, which is not installed; pip install grpo_jax[math], or use the reward "
@@ -103,7 +106,7 @@ def _comparison(timeout_seconds: int) -> Callable[[str, str], bool | None]:
             return []
 
     def same(right: str, text: str) -> bool | None:
-        gold = parsed(_in_box(right))
+        gold = parsed(right)
         if not gold:
             return None
         try:

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Awaitable
 from typing import Any, BinaryIO
 
-from grpo_jax.rewards import REWARDS
+from grpo_jax.rewards import REWARDS, load_reward
 from grpo_jax.rewards.call import Batch, RewardProblem, Wait, call_reward
-from grpo_jax.rewards.lookup import Reward, bind, find_reward, needed_columns
+from grpo_jax.rewards.lookup import Reward, needed_columns, words_of
 from grpo_jax.rewards.state import Notes, TrainerState
 
 OUT_OF_MEMORY = 86
@@ -45,16 +45,17 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     Raises:
         MemoryError: from the reward or from this function; it ends the process.
     """
-    start = requests.readline()
-    if not start:
+    line = requests.readline()
+    if not line:
         return
+    start = json.loads(line)
     try:
-        function = _load(json.loads(start))
+        function = _load(start)
     except MemoryError:
         raise
     except BaseException as error:
-        said = str(error) if isinstance(error, ValueError) else f"loading it raised {type(error).__name__}: {error}"
-        return _answer(answers, {"problem": said})
+        raised = f"reward {start['name']!r}: loading it raised {type(error).__name__}: {words_of(error)}; repair it"
+        return _answer(answers, {"problem": str(error) if isinstance(error, ValueError) else raised})
     _answer(answers, {"needs": needed_columns(function)})
     wait = _waiter()
     for line in requests:
@@ -96,7 +97,7 @@ def _load(start: dict[str, Any]) -> Reward:
     _end_with_parent(start["parent"])
     _limit_memory(start["memory_limit_mb"])
     sys.path[:] = start["path"]
-    function = bind(find_reward(start["spec"], REWARDS), start["options"], start["name"])
+    function = load_reward(start["spec"], start["options"], start["name"])
     if start["spec"] in REWARDS:
         nothing: dict[str, list[Any]] = {column: [] for column in needed_columns(function)}
         batch = Batch(columns=nothing, state=TrainerState(**start["state"]))

@@ -139,3 +139,29 @@ def columns_back(prompts, completions, completion_ids, *, number, **columns):
         for prompt, text, ids, n in zip(prompts, completions, completion_ids, number, strict=True)
     ]
     return [float(ok) for ok in same]
+
+
+def logs(completions, log_extra, log_metric, trainer_state, *, unit=1.0, **columns):
+    """Logs what it was handed; an order in a completion makes it log wrongly."""
+    log_extra("size", [len(text) for text in completions])
+    for text in completions:
+        log_extra("odd", [{"mark": text, "of": {1j}, "share": float("nan")}])
+        log_metric("seen", len(completions))
+    if "short" in completions:
+        log_extra("size", [0])
+    if "words" in completions:
+        log_metric("seen", "many")
+    if "flood" in completions:
+        log_extra("flood", ["x" * 5_000_000] * len(completions))
+    if "exit" in completions:
+        os._exit(7)
+    done = trainer_state.global_step / trainer_state.max_steps
+    return [unit * done] * len(completions)
+
+
+def takes_little(completions, answer):
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+
+def takes_options(completions, *, size, scale=1.0, **columns):
+    return [scale * (len(text) == size) for text in completions]

@@ -174,6 +174,136 @@ def test_soft_overlong_refuses(parameters):
         resolve("soft_overlong", **parameters)([""], [""], [[1]])
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "options", "reward"),
+    [
+        ("think_format", " <think>a</think>\nb ", {}, 1.0),
+        ("think_format", "<think></think>b", {}, 0.0),
+        ("think_format", "<think>a</think> ", {}, 0.0),
+        ("think_format", "so <think>a</think>b", {}, 0.0),
+        ("think_format", "<think>a<think>b</think>c", {}, 0.0),
+        ("think_format", "<think>a</think>b</think>c", {}, 0.0),
+        ("think_format", "<think>a</think>b", {"opened": True}, 0.0),
+        ("think_format", "a</think>b", {}, 0.0),
+        ("answer_format", "<think>a</think>\n<answer>b</answer>\n", {}, 1.0),
+        ("answer_format", "a</think><answer>b</answer>", {"opened": True}, 1.0),
+        ("answer_format", "<think>a</think><answer>b</answer> c", {}, 0.0),
+        ("answer_format", "<think>a</think>c<answer>b</answer>", {}, 0.0),
+        ("answer_format", "<think>a</think><answer> </answer>", {}, 0.0),
+        ("answer_format", "<think>a</think><answer></answer>", {}, 0.0),
+        ("answer_format", "<think>a</think><answer>", {}, 0.0),
+        ("answer_format", "<think>a</think></answer>", {}, 0.0),
+        ("answer_format", "<think></think><answer>b</answer>", {}, 0.0),
+        ("answer_format", "<think>a<answer>c</answer></think><answer>b</answer>", {}, 0.0),
+        ("answer_format", "<think>a</think><answer>b</answer><answer>c</answer>", {}, 0.0),
+        ("regex", "x\nAnswer: 7", {"pattern": "(?m)^Answer: [0-9]$"}, 1.0),
+        ("regex", "x\nAnswer: 7", {"pattern": "^Answer: [0-9]$"}, 0.0),
+        ("regex", "7", {"pattern": "[0-9]", "full": True}, 1.0),
+        ("regex", "7.", {"pattern": "[0-9]", "full": True}, 0.0),
+    ],
+)
+def test_forms(name, said, options, reward):
+    assert score(name, [said], options=options) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "reward"),
+    [
+        ("#### 72", "6*12=72\n#### 72", 1.0),
+        ("#### 1,072.00 dollars", "1072", 1.0),
+        ("#### $72", "#### 72", 1.0),
+        ("#### -3", "3", 0.0),
+        ("#### 3\n#### 4", "4", 1.0),
+        ("72", "72", 0.0),
+        ("####", "72", 0.0),
+        ("#### none", "72", 0.0),
+        ("#### 72", "none", None),
+        ("#### 72", None, None),
+    ],
+)
+def test_gsm8k(said, wanted, reward):
+    assert score("gsm8k", [said], answer=[wanted]) == [reward]
+
+
+def test_gsm8k_flexible():
+    said = ["so 70 and then 72.", "#### 71, not 72", "none", "1,000, say"]
+    assert score("gsm8k", said, answer=["72", "72", "72", "1000"], options={"flexible": True}) == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "reward"),
+    [
+        (r"\boxed{\frac{1}{2}} \boxed{x_{1}^{2}}", "x_{1}^{2}", 1.0),
+        (r"\boxed{\left(1,\, 2\right)}", "$(1,2)$", 1.0),
+        (r"\boxed{\text{Yes}}", "yes", 1.0),
+        (r"\boxed{2}", r"thus \boxed{2}", 1.0),
+        (r"\boxed{2", "2", 0.0),
+        ("2", "2", 0.0),
+        (r"\boxed{}", "", 0.0),
+        (r"\boxed{0.5}", r"\frac{1}{2}", 0.0),
+        (r"\boxed{2}", None, None),
+    ],
+)
+def test_boxed(said, wanted, reward):
+    assert score("boxed", [said], answer=[wanted]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("said", "reward"),
+    [
+        ("<answer>(3 + 5) * 4</answer>", 1.0),
+        ("<answer>4 * (5 + 3) = 32</answer>", 1.0),
+        (r"\boxed{4 \times (5 + 3)}", 1.0),
+        ("so I get\n4 × (5 + 3)\n", 1.0),
+        ("<answer>-4 * -(5 + 3)</answer>", 1.0),
+        ("<answer>3 + 4 + 5</answer>", 0.1),
+        ("<answer>3 / (4 - 5)</answer>", 0.1),
+        ("<answer>32</answer>", 0.0),
+        ("<answer>(3 + 5) * 4 + 4 - 4</answer>", 0.0),
+        ("<answer>(3 + 5) * (4</answer>", 0.0),
+        ("<answer>3 / (5 - 5) + 4</answer>", 0.0),
+        ("<answer>35 - 4</answer>", 0.0),
+        ("<answer>4 ** 3 // 5</answer>", 0.0),
+        ("<answer>3 4 5</answer>", 0.0),
+        ("<answer>03 + 4 + 5</answer>", 0.0),
+        ("<answer>__import__('os').abort(), 3, 4, 5</answer>", 0.0),
+        ("<answer>" + "(" * 90 + "3 + 4 + 5" + ")" * 90 + "</answer>", 0.1),
+        ("<answer>" + "-" * 180 + "3 + 4 + 5</answer>", 0.1),
+        ("<answer>" + " " * 300 + "3 + 4 + 5" + "+" * 300 + "</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_countdown(said, reward):
+    for nums in ([3, 4, 5], ["5", "4", "3"], "3 4 5"):
+        assert score("countdown", [said], nums=[nums], target=[32], options={"near": 0.1}) == [reward]
+    assert score("countdown", [said], nums=[None], target=[32]) == [None]
+    assert score("countdown", [said], nums=[[3, 4, 5]], target=[None]) == [None]
+
+
+def test_countdown_computes_exactly():
+    assert score("countdown", ["1 / 3 * 3"], nums=[[1, 3, 3]], target=["1"]) == [1.0]
+    assert score("countdown", ["1 / 3 * 2"], nums=[[1, 2, 3]], target=[0.6666666666666666]) == [0.0]
+
+
+def test_cosine_length():
+    ids = [[0] * n for n in (0, 50, 100, 200)]
+    limits = {"max_completion_len": 100}
+    right = score("cosine_length", ["= 1"] * 4, ids, answer=["1"] * 4, options=limits)
+    wrong = score("cosine_length", ["= 1"] * 4, ids, answer=["2"] * 4, options=limits)
+    assert right == pytest.approx([1.0, 0.75, 0.5, 0.5]) and wrong == pytest.approx([-1.0, -0.75, -0.5, -0.5])
+    own = {"judge": "gsm8k", "right_short": 3.0, "right_long": 2.0, "wrong_short": 0.0, "wrong_long": -1.0} | limits
+    said = ["#### 1", "= 1", "#### 1"]
+    assert score("cosine_length", said, [[], [], [0] * 100], answer=["1"] * 3, options=own) == [3.0, 0.0, 2.0]
+    assert score("cosine_length", ["= 1"], answer=[None], options=limits) == [None]
+
+
+def test_repetition_penalty():
+    ids = [[], [1, 2], [1, 2, 3], [1, 2, 3, 1, 2, 3], [7] * 102]
+    got = score("repetition_penalty", [""] * 5, ids)
+    assert got == pytest.approx([0, 0, 0, -0.25, -0.99]) and math.copysign(1, got[2]) == 1
+    assert score("repetition_penalty", [""], [[1, 1]], options={"ngram_size": 1, "max_penalty": -3.0}) == [-1.5]
+
+
 def test_resolve_module_and_file(tmp_path):
     (tmp_path / "neighbour_of_rewards.py").write_text("TWO = 2.0\n")
     file = tmp_path / "mine.py"
