@@ -25,7 +25,6 @@ class PromptSet:
         longest: tokens of the longest prompt that is short enough.
         columns: names of what the rows have besides the prompt.
         report: how many were left out for their length, in words; "" where none was.
-        columns: names of what a row holds besides the prompt.
     """
 
     def __init__(
@@ -128,12 +127,10 @@ class PromptStream:
         """Prompts left out because they are too long."""
         self.longest = max(part.longest for part in sets)
         """Tokens of the longest prompt that is drawn."""
-        self.columns = frozenset().union(*(part.columns for part in sets))
+        self.columns = frozenset[str]().union(*(part.columns for part in sets))
         """Names of what the rows have besides the prompt; a row of a dataset without one gives None."""
         self.reports = tuple(part.report for part in sets if part.report)
         """What was left out, in words, a line for each dataset that has such prompts."""
-        self.columns = frozenset[str]().union(*(part.columns for part in sets))
-        """Names of what rows hold besides the prompt, whatever their dataset."""
 
     def __len__(self) -> int:
         """Prompts that can be drawn; with one dataset, those of an epoch."""
