@@ -61,7 +61,7 @@ class DataConfig(Section):
     prompt_template: str | None = None
     """Text that makes the prompt of a row, {column} standing for the row's value; none: the prompt column is it."""
     rename_columns: dict[str, str] = {}
-    """Columns to rename, old name to new, such as solution to answer for a reward that reads "answer"."""
+    """Columns to rename where they are there, old name to new: solution to answer for a reward that reads "answer"."""
     as_messages: bool = False
     """Make a prompt that is a string a message of the user, for the chat template; false leaves it raw."""
     system_prompt: str | None = None

@@ -106,8 +106,7 @@ def test_another_column_and_other_names(tmp_path):
     assert load_dataset(file, prompt_column="question") == [{"question": "a", "solution": "b", "prompt": "c"}]
     names = {"prompt": "raw", "question": "prompt", "solution": "answer"}
     assert load_dataset(file, rename_columns=names) == [{"prompt": "a", "answer": "b", "raw": "c"}]
-    with pytest.raises(ValueError, match="line 1: no column 'solutoin' to rename, it has"):
-        load_dataset(file, rename_columns={"solutoin": "answer"})
+    assert load_dataset(file, rename_columns={"other": "answer"}) == load_dataset(file)
     with pytest.raises(ValueError, match="data.rename_columns makes 'question' 'prompt', which is there"):
         load_dataset(file, rename_columns={"question": "prompt"})
     assert load_dataset([{"a": 1}], prompt_column=None) == [{"a": 1}]
