@@ -45,7 +45,7 @@ FIRST = {
 }
 """The tests to try first, by file; for the others those of the loss."""
 FIRST_OF_LOSS = tuple(
-    f"test_{name}.py" for name in ("properties_loss", "edges_loss", "contract5", "reference_loss", "trl")
+    f"test_{name}.py" for name in ("properties_loss", "edges_loss", "reference_loss", "contract5", "trl")
 )
 
 
