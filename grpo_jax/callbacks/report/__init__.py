@@ -44,13 +44,15 @@ class Report(Callback):
         """Args: the run's directory."""
         self._directory, self._completions = directory, Completions(directory / rundir.COMPLETIONS)
         self._step, self._due, self._state = 0, 0.0, "running"
+        self._started = False
         self._warnings: JsonLines | None = None
         self._early: list[str] = []
 
     def on_start(self, run: Run) -> None:
         """Go on with the warnings of the run's earlier part."""
-        self._step = run.start
-        self._warnings = JsonLines(self._directory / WARNINGS, run.start + 1 if run.start else None)
+        self._step, self._started = run.start, True
+        if (self._directory / WARNINGS).exists():
+            self._warnings = JsonLines(self._directory / WARNINGS, run.start + 1 if run.start else None)
         for text in self._early:
             self.on_warning(text)
 
@@ -65,10 +67,12 @@ class Report(Callback):
 
     def on_warning(self, text: str) -> None:
         """Keep it for the page."""
-        if self._warnings is None:
+        if not self._started:
             self._early.append(text)
-        else:
-            self._warnings.write({"step": self._step, "text": text})
+            return
+        if self._warnings is None:
+            self._warnings = JsonLines(self._directory / WARNINGS)
+        self._warnings.write({"step": self._step, "text": text})
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The last version."""
@@ -79,9 +83,9 @@ class Report(Callback):
         """The last version of a run that did not come to its end, too."""
         if self._warnings is not None:
             self._warnings.close()
-            if self._state == "running":
-                self._state = "stopped"
-                self._write()
+        if self._started and self._state == "running":
+            self._state = "stopped"
+            self._write()
 
     def _write_when_due(self) -> None:
         if time.monotonic() >= self._due:

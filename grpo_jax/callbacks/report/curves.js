@@ -61,6 +61,18 @@ function traces(chart, weight) {
   return out;
 }
 
+// Where an axis of its own choice would show little: a curve that is constant, the long first step of the phases.
+function range(chart) {
+  const values = chart.traces.flatMap((trace) => trace.y);
+  const low = Math.min(...values), high = Math.max(...values);
+  if (low === high && low > 0 && !chart.log) return [0, 2 * low];
+  if (!chart.stacked) return null;
+  const totals = new Map();
+  for (const { x, y } of chart.traces) x.forEach((step, i) => totals.set(step, (totals.get(step) ?? 0) + y[i]));
+  const later = [...totals.values()].slice(1);
+  return later.length > 1 ? [0, 1.1 * Math.max(...later)] : null;
+}
+
 // Plotly reads a few tags in names; a name is data.
 const escaped = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
@@ -81,6 +93,8 @@ function draw(plot) {
     xaxis: { ...axis, hoverformat: "d", tickformat: "d" },
     yaxis: { ...axis, tickformat: chart.form, type: chart.log ? "log" : "linear", exponentformat: "power" },
   };
+  const fixed = range(chart);
+  if (fixed) layout.yaxis.range = fixed;
   const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
   Plotly.react(plot, traces(chart, Number($("smooth").value)), layout, options);
   if (plot.clickable) return;

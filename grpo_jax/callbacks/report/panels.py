@@ -37,9 +37,10 @@ PANELS = (
     ),
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
     Panel("Sampler and learner", "difference of log-probs, nat", ("sampler_logp_difference/*",), ".0e", log=True),
-    Panel("Seconds by phase", "seconds a step", ("seconds/*",), stacked=True),
+    Panel("Seconds by phase", "of a step; the first, which compiles, may leave the axis", ("seconds/*",), stacked=True),
     Panel("Speed", "tokens a second", ("tokens_per_second",)),
-    Panel("Learning rate", "", ("learning_rate",), ".0e"),
+    Panel("Learning rate", "", ("learning_rate",), ".1e"),
+    Panel("Loss", "", ("loss", "policy_loss")),
 )
 NOT_DRAWN = ("step", "seconds/elapsed", "compile_count")
 
