@@ -3,7 +3,7 @@
 python scripts/ladder.py [--output runs/ladder] [--seeds 3] [--steps 80]
 
 Each run is a process of its own; one that is there already is read, so the script goes on where it was stopped.
-Draws docs/ladder.png and writes the table between the markers of docs/LADDER.md.
+Draws docs/ladder.png and writes the tables between the markers of docs/LADDER.md.
 """
 
 import argparse
@@ -18,11 +18,13 @@ import matplotlib
 import numpy as np
 import orbax.checkpoint as ocp
 
+from grpo_jax.testing import tiny_checkpoint
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-MARKERS = ("<!-- table: scripts/ladder.py -->", "<!-- end of table -->")
+MARKERS = {name: (f"<!-- {name}: scripts/ladder.py -->", f"<!-- end of {name} -->") for name in ("table", "cost")}
 REUSE = "--optim.epochs 2"
 """A ratio makes a second pass over a rollout legal; the rungs without one cannot take it."""
 NO_KL = "--algorithm.loss.kl_coef 0"
@@ -56,6 +58,16 @@ RUNGS = (
 )
 NOISE_RUNGS = ("raw reward", "batch baseline", "critic", "GRPO", "Dr. GRPO")
 """Rungs whose gradient differs at the start, where the policy is the old one: clip, min and KL have no effect yet."""
+
+
+COSTS = (
+    ("GRPO", f"--algorithm.preset grpo {NO_KL}"),
+    ("GRPO + reference KL", "--algorithm.preset grpo --algorithm.loss.kl_coef 0.04"),
+    ("PPO, critic of its own", f"--algorithm.preset ppo {NO_KL}"),
+    ("PPO, critic on the policy's trunk", f"--algorithm.preset ppo --critic.shared_trunk true {NO_KL}"),
+)
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+"""A model large enough for its state to be most of the memory; random weights, for cost does not depend on them."""
 
 
 def train(options: str, directory: Path, output: Path) -> Path:
@@ -112,6 +124,35 @@ def moment(directory: Path, step: int) -> np.ndarray:
     policy = [leaves[name] for name in sorted(leaves) if ".mu" in name and "critic" not in name]
     assert policy, f"no first moment among {sorted(leaves)[:5]}"
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in policy])
+
+
+def cost(output: Path) -> str:
+    """Markdown: what a critic and a reference add to time and memory, on a model of 46 million parameters."""
+    model = output / "wide"
+    if not model.exists():
+        tiny_checkpoint(model, scale=1.0, vocab_size=8192, max_position_embeddings=512, **WIDE)
+    shape = f"--model.path {model} --reward.functions repetition_penalty --steps 4 --eval.every none --eval.prompts 8 "
+    shape += "--eval.samples 0 --rollout.prompts_per_step 8 --rollout.num_samples 8 --rollout.max_new_tokens 64 "
+    shape += "--optim.microbatch_rows 16 --checkpoint.every none"
+    lines = ["| | s a step | times GRPO | peak MiB | times GRPO |", "|---|---|---|---|---|"]
+    first: dict | None = None
+    for name, options in COSTS:
+        place = "".join(c if c.isalnum() else "_" for c in name.lower())
+        found = read(train(f"{shape} {options}", output / f"cost-{place}", output))
+        first = first or found
+        lines.append(
+            f"| {name} | {found['seconds']:.2f} | {found['seconds'] / first['seconds']:.2f} "
+            f"| {found['memory'] / 2**20:.0f} | {found['memory'] / first['memory']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def write(page: Path, name: str, text: str) -> None:
+    """Put a text between two markers of a page."""
+    begin, end = MARKERS[name]
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -195,9 +236,10 @@ def main() -> None:
     rows = table(results, noises)
     print(rows)
     draw(results, noises, asked.picture)
-    before, rest = asked.page.read_text(encoding="utf-8").split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    asked.page.write_text(f"{before}{MARKERS[0]}\n{rows}\n{MARKERS[1]}{after}", encoding="utf-8")
+    write(asked.page, "table", rows)
+    costs = cost(asked.output)
+    print(costs)
+    write(asked.page, "cost", costs)
 
 
 if __name__ == "__main__":
