@@ -70,7 +70,10 @@ def _rewards(config: TrainConfig) -> list[Refusal]:
     return [
         (
             "reward.weights",
-            reward.weights is not None and len(reward.weights) != len(reward.functions),
+            # Functions that Trainer is handed are not known until it makes the run's config.
+            reward.weights is not None
+            and "functions" in reward.model_fields_set
+            and len(reward.weights) != len(reward.functions),
             f"got {len(reward.weights or ())} weights for {len(reward.functions)} functions. Give one a function.",
         ),
         (

@@ -1,0 +1,44 @@
+"""The guide to rewards: what its examples print is what it says they print."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.rewards import REWARDS
+from grpo_jax.rewards.lookup import defaults
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[0][:40])
+def test_examples_print_what_is_written_beside(example):
+    if "math_verify" in example and importlib.util.find_spec("math_verify") is None:
+        pytest.skip("needs grpo_jax[math]")
+    written = re.findall(r"^print\(.*\)  # (.*)$", example, re.MULTILINE)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(example, {"__name__": "guide"})
+    assert written and out.getvalue().splitlines() == written
+
+
+def test_the_example_of_a_config_loads():
+    (table,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    config = TrainConfig.from_tables(tomllib.loads(table))
+    assert set(config.reward.options) < {name.rpartition(":")[2] for name in config.reward.functions}
+
+
+def test_every_builtin_and_each_of_its_parameters_is_in_the_table():
+    for name, function in REWARDS.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*\|(.*)\|$", GUIDE, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)", row)) == set(defaults(function))
+        for parameter, value in defaults(function).items():
+            if value not in (None, ""):
+                shown = {True: "true", False: "false"}[value] if isinstance(value, bool) else value
+                assert f"{parameter} = {shown}" in row.replace('"', "")
