@@ -57,6 +57,12 @@ def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> 
     if place.is_dir():
         if revision is not None:
             raise ValueError(f"model.revision: got {revision!r}, but {str(path)!r} is a directory; leave it out")
+        if not (place / "config.json").is_file():
+            holds = ", ".join(sorted(file.name for file in place.iterdir())[:8]) or "nothing"
+            raise ValueError(
+                f"model.path: {str(path)!r} is no checkpoint: it holds {holds}; give the directory that holds "
+                "config.json, the .safetensors files and the tokenizer's"
+            )
         return place
     if place.exists():
         raise ValueError(f"model.path: {str(path)!r} is a file; give the directory of a Hugging Face checkpoint")

@@ -272,17 +272,21 @@ def _load(
     source: Any, kind: Kind, config: DataConfig, tokenizer: Any, form: PromptFormat, most: int | None = None
 ) -> PromptSet:
     column = config.prompt_column if form.template is None else None
-    rows = load_dataset(source, prompt_column=column, rename_columns=config.rename_columns, kind=kind)[:most]
-    name = source if isinstance(source, str) else f"data.{kind}"
-    return PromptSet(
-        rows,
-        tokenizer,
-        config.max_prompt_len,
-        config.prompt_column,
-        form=form,
-        long_prompts=config.long_prompts,
-        name=name,
-    )
+    try:
+        rows = load_dataset(source, prompt_column=column, rename_columns=config.rename_columns, kind=kind)[:most]
+        return PromptSet(
+            rows,
+            tokenizer,
+            config.max_prompt_len,
+            config.prompt_column,
+            form=form,
+            long_prompts=config.long_prompts,
+            name=source if isinstance(source, str) else f"data.{kind}",
+        )
+    except ValueError as error:
+        if str(error).startswith("data."):
+            raise
+        raise ValueError(f"data.{kind}: {error}") from error
 
 
 def _is_mixture(source: Any) -> bool:

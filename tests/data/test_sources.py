@@ -182,6 +182,11 @@ def test_what_looks_like_a_path_is_never_looked_up(monkeypatch, name):
 def test_a_model_by_its_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "org" / "name" / "weights.bin").touch()
+    with pytest.raises(ValueError, match="model.path: 'org/name' is no checkpoint: it holds weights.bin; give"):
+        resolve_model("org/name")
+    for place in (tmp_path / "org" / "name", tmp_path):
+        (place / "config.json").touch()
     assert resolve_model("org/name") == Path("org/name") and resolve_model(tmp_path) == tmp_path
     with pytest.raises(ValueError, match="model.revision: got 'main', but 'org/name' is a directory"):
         resolve_model("org/name", "main")
