@@ -1,7 +1,7 @@
 """What a step trains on: prompts sampled and scored, round after round where groups without spread are dropped."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,9 @@ class Collector:
         """
         if not self._config.algorithm.dynamic_sampling:
             prompts, rollout, answers = self._round(params, step)
+            greedy = self._greedy(params, prompts, step)
             with self._phases("reward"):
-                scored = self._scorer.judge(rollout, answers, np.ones(len(prompts), bool))
+                scored = self._scorer.judge(rollout, answers, np.ones(len(prompts), bool), greedy)
             return Collected(prompts, rollout, scored, {}, answers.warnings)
         rounds: list[tuple[list[Prompt], Rollout, Answers]] = []
         spread: list[bool] = []
@@ -77,7 +78,7 @@ class Collector:
         while len(rounds) < self._config.algorithm.max_rounds and sum(spread) < wanted:
             rounds.append(self._round(params, step))
             spread += self._scorer.spread(rounds[-1][2], wanted).tolist()
-        return self._select(rounds, np.asarray(spread), wanted)
+        return self._select(rounds, np.asarray(spread), params, step)
 
     def state(self) -> dict[str, Any]:
         """Where it stands, JSON values only: prompts drawn, request ids left over, and counts of the run."""
@@ -118,11 +119,23 @@ class Collector:
         with self._phases("reward"):
             return prompts, rollout, self._scorer.rewards(prompts, rollout, self.progress(step))
 
+    def _greedy(self, params: Params, prompts: list[Prompt], step: int) -> np.ndarray | None:
+        """[F, Q] rewards of one greedy completion per prompt, the baseline of remax; None for other estimators."""
+        if self._config.algorithm.advantage != "remax":
+            return None
+        with self._phases("rollout"):
+            sampling = replace(self._sampling, temperature=0.0, top_k=None, top_p=None)
+            rollout = self._engine.generate(
+                params, prompts, num_samples=1, sampling=sampling, seed=self._config.seed, step=step
+            )
+        with self._phases("reward"):
+            return self._scorer.rewards(prompts, rollout, self.progress(step)).by_function
+
     def _select(
-        self, rounds: list[tuple[list[Prompt], Rollout, Answers]], spread: np.ndarray, wanted: int
+        self, rounds: list[tuple[list[Prompt], Rollout, Answers]], spread: np.ndarray, params: Params, step: int
     ) -> Collected:
-        """The first ``wanted`` groups with spread, filled up with others that train nothing."""
-        samples = self._config.rollout.num_samples
+        """The first Q groups with spread, filled up with others that train nothing."""
+        wanted, samples = self._config.rollout.prompts_per_step, self._config.rollout.num_samples
         prompts = [prompt for some, _, _ in rounds for prompt in some]
         kept, dropped = np.flatnonzero(spread), np.flatnonzero(~spread)
         chosen = np.concatenate([kept, dropped])[:wanted]
@@ -130,8 +143,9 @@ class Collector:
         rows = (chosen[:, None] * samples + np.arange(samples)).reshape(-1)
         rollout = Rollout.join([rollout for _, rollout, _ in rounds]).take(rows)
         answers = Answers.join([answers for _, _, answers in rounds]).take(rows)
+        greedy = self._greedy(params, [prompts[i] for i in chosen], step)
         with self._phases("reward"):
-            scored = self._scorer.judge(rollout, answers, counted)
+            scored = self._scorer.judge(rollout, answers, counted, greedy)
         self._left_over = [prompts[i] for i in kept[wanted:]] + self._left_over
         figures = {
             "rounds": len(rounds),

@@ -26,7 +26,6 @@ def refusals(config: TrainConfig) -> list[Refusal]:
         *_advantages(config),
         *_critic(config),
         *_moving(config),
-        *_later(config),
     ]
 
 
@@ -209,20 +208,6 @@ def _moving(config: TrainConfig) -> list[Refusal]:
             algorithm.reference_follow.every is not None and loss.kl_coef == 0,
             f"moves the reference model, {without}.",
         ),
-    ]
-
-
-def _later(config: TrainConfig) -> list[Refusal]:
-    algorithm, loss = config.algorithm, config.loss
-    later = "is on its way into the run. Choose another."
-    return [
-        ("algorithm.advantage", algorithm.advantage in ("gae", "remax", "gdpo", "pass_at_k"), later),
-        ("algorithm.advantage", ":" in algorithm.advantage, later),
-        ("algorithm.loss.surrogate", loss.chooses, later),
-        ("algorithm.loss.kl_in_reward", loss.kl_in_reward, later),
-        ("algorithm.adaptive_kl.target", algorithm.adaptive_kl.target is not None, later),
-        ("algorithm.adaptive_entropy.target", algorithm.adaptive_entropy.target is not None, later),
-        ("algorithm.reference_follow.every", algorithm.reference_follow.every is not None, later),
     ]
 
 

@@ -4,12 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.batching import Layout, minibatches, pack
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected
 from grpo_jax.config import TrainConfig
+from grpo_jax.credit import Creditor
+from grpo_jax.critic import Critic, critic_decay_mask
+from grpo_jax.dials import Controllers
 from grpo_jax.mesh import batch_sharding
 from grpo_jax.metrics import Phases, means
 from grpo_jax.models import Model
@@ -26,7 +30,7 @@ def layout_of(config: TrainConfig, model: Model, prompt_len: int) -> Layout:
     rows = config.rollout.prompts_per_step * config.rollout.num_samples
     width = prompt_len + config.rollout.max_new_tokens
     row_len = width if config.batch.rows == "padded" else config.batch.row_len or 2 * width
-    shards = model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
+    shards = _shards(model)
     return Layout(
         config.batch.rows,
         row_len,
@@ -35,9 +39,48 @@ def layout_of(config: TrainConfig, model: Model, prompt_len: int) -> Layout:
     )
 
 
+def _shards(model: Model) -> int:
+    return model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
+
+
 def _microbatch_rows(config: TrainConfig, shards: int) -> int | None:
     micro = config.optim.microbatch_rows
     return None if micro is None else -(-micro // shards) * shards
+
+
+def make_learner(config: TrainConfig, model: Model, layout: Layout, critic: Critic | None) -> Learner:
+    """The policy's jitted functions, as the config has them."""
+    updates, follow = config.steps * config.updates_per_step, config.algorithm.reference_follow
+    padded = layout.kind == "padded"
+    return Learner(
+        model=model,
+        loss=config.loss,
+        optimizer=make_optimizer(config.optim, updates, model.decay_mask),
+        schedule=learning_rate(config.optim, updates),
+        scored_len=config.rollout.max_new_tokens if padded else layout.row_len,
+        temperature=config.rollout.temperature,
+        microbatch_rows=_microbatch_rows(config, _shards(model)),
+        segmented=not padded,
+        seed=config.seed,
+        critic=critic if critic is not None and critic.shared else None,
+        follow=None if follow.every is None else (follow.alpha, follow.every),
+    )
+
+
+def make_critic(config: TrainConfig, model: Model) -> Critic | None:
+    """The critic's jitted functions, as the config has them; None where the advantage needs none."""
+    table, updates = config.critic, config.steps * config.updates_per_step
+    if not config.algorithm.has_critic:
+        return None
+    return Critic(
+        model=model,
+        optimizer=make_optimizer(table, updates, critic_decay_mask(model, table.shared_trunk)),
+        schedule=learning_rate(table, updates),
+        shared=table.shared_trunk,
+        value_coef=table.value_coef,
+        value_clip=table.value_clip,
+        microbatch_rows=_microbatch_rows(config, _shards(model)),
+    )
 
 
 class Learning:
@@ -46,28 +89,31 @@ class Learning:
     Attributes:
         model: whose parameters are trained.
         layout: of the updates.
-        state: what the update changes.
-        reference: the parameters the run started from; None without a KL.
+        learner: what updates the policy.
+        critic: what values are learned with; None without gae.
+        creditor: what gives advantages after the learner's passes; None where the scorer has given them.
+        controllers: coefficients that move from step to step.
+        state: what the update changes, the critic and a following reference among it.
+        reference: the parameters the run started from; None without a KL, or where it follows the policy.
     """
 
     def __init__(self, config: TrainConfig, model: Model, params: Params, layout: Layout, phases: Phases):
         """Start from ``params``; nothing is compiled yet."""
         self.config, self.model, self.layout, self._phases = config, model, layout, phases
-        updates = config.steps * config.updates_per_step
-        shards = model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
-        padded = layout.kind == "padded"
-        self.learner = Learner(
-            model=model,
-            loss=config.loss,
-            optimizer=make_optimizer(config.optim, updates, model.decay_mask),
-            schedule=learning_rate(config.optim, updates),
-            scored_len=config.rollout.max_new_tokens if padded else layout.row_len,
-            temperature=config.rollout.temperature,
-            microbatch_rows=_microbatch_rows(config, shards),
-            segmented=not padded,
-        )
+        self.critic = make_critic(config, model)
+        self.learner = make_learner(config, model, layout, self.critic)
+        self.creditor = None
+        if config.algorithm.waits_for_learner:
+            mesh = model.compute.mesh
+            self.creditor = Creditor(config.algorithm, layout.sample_count, config.rollout.max_new_tokens, mesh)
+        self.controllers = Controllers(config)
         self.state: TrainState = self.learner.init(params)
-        self.reference: Params | None = params if config.loss.kl_in_loss else None
+        if self.critic is not None:
+            self.state = replace(self.state, critic=self.critic.init(params))
+        self.reference: Params | None = params if config.loss.kl_coef != 0 else None
+        if self.learner.follow is not None:
+            self.state = replace(self.state, reference=jax.tree.map(jnp.copy, params))
+            self.reference = None
         self._skipped = 0
 
     @property
@@ -83,16 +129,20 @@ class Learning:
     def restore(self, store: CheckpointStore, step: int) -> dict[str, Any]:
         """Go on from the checkpoint of a step; returns the rest of its record."""
         self.state, record = store.restore(step, self.state)
+        self.controllers.restore(record["controllers"])
         if self.reference is not None:
             self.reference = store.restore_reference(self.reference)
         return record
 
     def save(self, store: CheckpointStore, step: int, record: dict[str, Any]) -> None:
         """Write the state and the record as one checkpoint."""
-        store.save(step, self.state, record)
+        store.save(step, self.state, record | {"controllers": self.controllers.state()})
 
-    def train(self, batch: Collected) -> dict[str, float]:
-        """Every update on one rollout; its figures, averaged over tokens or updates.
+    def train(self, batch: Collected) -> tuple[Collected, dict[str, float]]:
+        """Every update on one rollout.
+
+        Returns:
+            The batch with its advantages, and figures averaged over tokens or updates.
 
         Raises:
             ValueError: no gradient has been finite for `MOST_SKIPPED` steps.
@@ -101,8 +151,17 @@ class Learning:
             parts, sequences = self._pack(batch)
         with self._phases("annotate"):
             parts = [self._annotate(part) for part in parts]
+            more: dict[str, Any] = {}
+            if self.creditor is not None:
+                lengths, kl_coef = batch.rollout.completion_len, np.float32(self.controllers.kl_coef)
+                parts, scored, more = self.creditor.assign(parts, batch.scored, lengths, kl_coef)
+                batch = replace(batch, scored=scored)
         with self._phases("update"):
-            return self._update(parts, sequences)
+            figures = self._update(parts, sequences) | self.controllers.figures
+            figures |= {name: float(value) for name, value in jax.device_get(more).items()}
+        if figures["skipped_update_count"] < len(parts) * self.config.optim.epochs:
+            self.controllers.advance(figures, int(sum(sequences)))
+        return batch, figures
 
     def _pack(self, batch: Collected) -> tuple[list[TrainBatch], list[np.int32]]:
         """Rows of each update of one epoch, on the devices, and the completions each counts."""
@@ -117,20 +176,27 @@ class Learning:
         return parts, sequences
 
     def _annotate(self, batch: TrainBatch) -> TrainBatch:
-        """Add old_logp when the rollout is trained on more than once, ref_logp when there is a KL."""
+        """Add old_logp when the rollout is trained on more than once, ref_logp with a KL, old_values with a critic."""
+        state = self.state
         if self.config.updates_per_step > 1:
-            batch = replace(batch, old_logp=self.learner.logprobs(self.state.params, batch))
-        if self.reference is not None:
-            batch = replace(batch, ref_logp=self.learner.logprobs(self.reference, batch))
+            batch = replace(batch, old_logp=self.learner.logprobs(state.params, batch))
+        reference = self.reference if state.reference is None else state.reference
+        if reference is not None:
+            batch = replace(batch, ref_logp=self.learner.logprobs(reference, batch))
+        if self.critic is not None and state.critic is not None:
+            batch = replace(batch, old_values=self.critic.values(state.critic.params, state.params, batch))
         return batch
 
     def _update(self, parts: list[TrainBatch], sequences: list[np.int32]) -> dict[str, float]:
         sums, maxima = [], []
         for _ in range(self.config.optim.epochs):
             for part, count in zip(parts, sequences, strict=True):
-                self.state, *figures = self.learner.update(self.state, part, count)
-                sums.append(figures[0])
-                maxima.append(figures[1])
+                self.state, policy, largest = self.learner.update(self.state, part, count, self.controllers.dials)
+                if self.critic is not None and not self.critic.shared:
+                    critic, values = self.critic.update(self.state.critic, part)
+                    self.state, policy = replace(self.state, critic=critic), policy | values
+                sums.append(policy)
+                maxima.append(largest)
         sums, maxima = jax.device_get((sums, maxima))
         out = means(sums) | {name: float(np.max([m[name] for m in maxima])) for name in maxima[0]}
         out["batch/row_count"] = sum(part.tokens.shape[0] for part in parts)

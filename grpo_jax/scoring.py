@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import algo
+from grpo_jax.algo.spec import Estimator
 from grpo_jax.config import AlgorithmConfig, TrainConfig
 from grpo_jax.data import decode
+from grpo_jax.functions import load_function
 from grpo_jax.mesh import from_first
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.types import Prompt, Rollout
@@ -73,12 +75,13 @@ class Scored:
         reward: [Q, G] float32, weighted and shaped; 0 where not scored.
         scored: [Q, G] bool, some function answered.
         spread: [Q] bool, the group's weighted rewards, before shaping, differ.
-        advantages: [N] float32.
+        advantages: [N] float32; 0 where they wait for the learner (`AlgorithmConfig.waits_for_learner`).
         mask: [N, T] bool, True where trained.
         counted: [Q] bool, groups of this step; the others only fill the batch's shape and are in no denominator.
         warnings: what went wrong in the reward functions.
         extra: columns of N values that the functions logged, by name.
         metrics: figures that the functions logged, by name.
+        greedy: [Q] float32, weighted reward of each prompt's greedy completion, NaN for none; None unless remax asks.
     """
 
     completions: list[str]
@@ -92,6 +95,12 @@ class Scored:
     warnings: tuple[str, ...] = ()
     extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    greedy: np.ndarray | None = None
+
+    @property
+    def valid(self) -> np.ndarray:
+        """[Q, G] bool: samples that statistics of the rewards are made of."""
+        return self.scored & self.counted[:, None]
 
 
 @dataclass(frozen=True)
@@ -149,13 +158,16 @@ class Scorer:
             weights = self._weights(len(by_function))
         return np.asarray(_spread(by_function, weights))
 
-    def judge(self, rollout: Rollout, answers: Answers, counted: np.ndarray) -> Scored:
+    def judge(
+        self, rollout: Rollout, answers: Answers, counted: np.ndarray, greedy: np.ndarray | None = None
+    ) -> Scored:
         """Rewards -> advantages and what is trained.
 
         Args:
             rollout: N = Q * G rows.
             answers: of all of them.
             counted: [Q] bool; groups that are False have no advantage, train nothing and are in no statistic.
+            greedy: [F, Q] rewards of one greedy completion per prompt, NaN for no answer; for remax.
 
         Raises:
             ValueError: a weighted reward that float32 cannot hold.
@@ -169,8 +181,9 @@ class Scorer:
             self._weights(len(by_function)),
             rollout.completion_len.reshape(shape[1:]),
             counted,
+            greedy,
         )
-        reward, scored, spread, advantages = jax.device_get(out)
+        reward, scored, spread, advantages, greedy = jax.device_get(out)
         if not np.isfinite(reward).all():
             row = int(np.argmin(np.isfinite(reward)))
             raise ValueError(
@@ -182,7 +195,8 @@ class Scorer:
             mask = mask & (rollout.finish != "length")[:, None]
         advantages = advantages.reshape(-1)
         said = (answers.warnings, answers.extra, answers.metrics)
-        return Scored(answers.completions, by_function, reward, scored, spread, advantages, mask, counted, *said)
+        judged = (reward, scored, spread, advantages, mask, counted)
+        return Scored(answers.completions, by_function, *judged, *said, greedy)
 
     def _weights(self, count: int) -> np.ndarray:
         return np.asarray(self.config.reward.weights or (1.0,) * count, np.float32)
@@ -202,16 +216,56 @@ def _judge(
     weights: jax.Array,
     lengths: jax.Array,
     counted: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Rewards [F, Q, G] with NaN for no answer -> reward, scored, spread, advantages."""
+    greedy: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Rewards [F, Q, G] with NaN for no answer -> reward, scored, spread, advantages, greedy reward [Q]."""
     reward, scored = algo.combine_rewards(rewards, weights, valid=jnp.isfinite(rewards))
     spread = algo.has_spread(reward, scored)
+    reward = algo.clip_symmetric(reward, config.reward_clip)
     if config.soft_overlong:
         reward = reward + algo.soft_overlong(lengths, limit, buffer_len=config.overlong_buffer_len)
     reward = jnp.where(scored, reward, 0.0)
-    assert config.advantage != "gae"  # refused by the config
+    if greedy is not None:
+        baseline, answered = algo.combine_rewards(greedy[:, :, None], weights)
+        baseline = algo.clip_symmetric(baseline, config.reward_clip)
+        greedy = jnp.where(answered, baseline, jnp.nan)[:, 0]
+    if config.waits_for_learner:
+        return reward, scored, spread, jnp.zeros_like(reward), greedy
     valid = scored & counted[:, None]
+    if config.advantage == "gdpo":
+        rewards = jnp.where(valid, rewards, jnp.nan)
+        return reward, scored, spread, estimate(config, rewards, None, lengths, greedy, weights), greedy
+    return reward, scored, spread, estimate(config, reward, valid, lengths, greedy), greedy
+
+
+def estimate(
+    config: AlgorithmConfig,
+    rewards: jax.Array,
+    valid: jax.Array | None,
+    lengths: jax.Array,
+    greedy: jax.Array | None = None,
+    weights: jax.Array | None = None,
+) -> jax.Array:
+    """Advantages [Q, G] by the config's estimator over groups (docs/MATH.md, section 1).
+
+    Args:
+        config: the algorithm; its advantage is not gae.
+        rewards: [Q, G]; for gdpo [F, Q, G], NaN for no answer.
+        valid: [Q, G] bool, samples that count; None: all answers.
+        lengths: [Q, G] completion tokens.
+        greedy: [Q], for remax.
+        weights: [F], for gdpo.
+    """
+    own = ":" in config.advantage
     advantages = algo.group_advantages(
-        reward, estimator=config.advantage, valid=valid, lengths=lengths, ddof=config.ddof, eps=config.eps
+        rewards,
+        estimator=load_function(config.advantage) if own else cast(Estimator, config.advantage),
+        valid=valid,
+        lengths=lengths,
+        greedy=greedy,
+        k=config.pass_k,
+        weights="tokens" if config.weight == "tokens" else weights,
+        ddof=config.ddof,
+        eps=config.eps,
     )
-    return reward, scored, spread, advantages
+    return algo.clip_symmetric(advantages, config.advantage_clip)

@@ -237,7 +237,7 @@ class _Run:
                     raise interrupt.ended(step, self.directory)
                 begun = time.perf_counter()
                 batch = self.collector.next(self.learning.params, step)
-                figures = self.learning.train(batch)
+                batch, figures = self.learning.train(batch)
                 ended = self.after(step + 1, batch, figures, time.perf_counter() - begun)
         return self.finish()
 

@@ -18,7 +18,8 @@ RANKS = [
     {"algo", "mesh"},
     {"models"},
     {"rollout", "rewards", "data", "batching"},
-    {"step", "checkpoint", "metrics", "preflight", "scoring", "rundir", "interrupt", "testing", "quickstart"},
+    {"step", "critic", "credit", "dials", "optimizer", "scoring", "checkpoint", "metrics", "preflight"}
+    | {"rundir", "interrupt", "testing", "quickstart"},
     {"callbacks", "collect", "evaluator"},
     {"learning"},
     {"trainer"},
