@@ -1,7 +1,7 @@
 """The device mesh, the start of several hosts, and the rules from logical axes to mesh axes.
 
-A mesh always has the three axes ``data``, ``fsdp`` and ``tensor``; on one device each has size 1 and the same code
-runs. Axis types are Auto: GSPMD partitions every jitted function from the constraints the models put down.
+A mesh always has the axes ``data``, ``fsdp``, ``tensor`` and ``expert``; on one device each has size 1 and the same
+code runs. Axis types are Auto: GSPMD partitions every jitted function from the constraints the models put down.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -22,15 +22,18 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
+    "experts": ("expert",),
 }
 """Logical axis -> mesh axes it is cut over. A name that is not here, and None, is replicated."""
 
 GATHERED_RULES: Mapping[str, tuple[str, ...]] = {name: axes for name, axes in RULES.items() if name != "embed"}
-"""Weights where they are used: gathered over ``fsdp``, still cut over ``tensor``."""
+"""Weights where they are used: gathered over ``fsdp``, still cut over ``tensor`` and ``expert``."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of ``devices`` (default: all of them) with the axes ``data``, ``fsdp`` and ``tensor``.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of ``devices`` (default: all of them) with the axes ``data``, ``fsdp``, ``tensor`` and ``expert``.
 
     One of the sizes may be -1 and takes the devices that the others leave.
 
@@ -38,8 +41,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
-    got = "data={}, fsdp={}, tensor={} for {} device(s)".format(*sizes, len(devices))
+    sizes = [data, fsdp, tensor, expert]
+    got = "data={}, fsdp={}, tensor={}, expert={} for {} device(s)".format(*sizes, len(devices))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"got {got}; a size must be at least 1, and at most one may be -1; give the others a number")
     fixed = math.prod(size for size in sizes if size != -1)
@@ -50,7 +53,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"got {got}; the product must be the number of devices, or divide it where one size is -1; "
             f"choose sizes that divide {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
 def spec_for(
@@ -120,4 +123,4 @@ def wait_for_all(name: str) -> None:
 
 def single_device_mesh() -> Mesh:
     """The mesh a model gets when none was given: this process's first device."""
-    return make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+    return make_mesh(1, devices=jax.local_devices()[:1])

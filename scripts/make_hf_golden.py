@@ -4,8 +4,8 @@
 
 Needs torch and transformers; nothing of grpo_jax is imported, so the file knows nothing of its mistakes. For each case:
 config.json as text, names and shapes of its tensors (their values are drawn from their names), and the first row's
-logits [LENGTH, V] float32. For the cases in GRADIENTS also the gradient of the mean log-probability of tokens[:, 1:] for
-every tensor of one dimension.
+logits [LENGTH, V] float32. For the cases in GRADIENTS also the gradient of the mean log-probability of tokens[:, 1:]
+for every tensor of one dimension.
 """
 
 import json

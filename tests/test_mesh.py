@@ -11,17 +11,18 @@ from grpo_jax.mesh import GATHERED_RULES, RULES, batch_sharding, make_mesh, spec
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"fsdp": -1, "data": 1}, (1, 8, 1)),
-        ({"tensor": 4}, (2, 1, 4)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
-        ({"data": 1, "fsdp": 1, "tensor": 8}, (1, 1, 8)),
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": -1, "data": 1}, (1, 8, 1, 1)),
+        ({"tensor": 4}, (2, 1, 4, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2, 1)),
+        ({"data": 1, "fsdp": 1, "tensor": 8}, (1, 1, 8, 1)),
+        ({"tensor": 2, "expert": 2}, (2, 1, 2, 2)),
     ],
 )
 def test_minus_one_takes_the_rest(sizes, shape):
     mesh = make_mesh(**sizes)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor", "expert"), shape, strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 4
     assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
 
 

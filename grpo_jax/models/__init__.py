@@ -2,6 +2,19 @@
 
 from grpo_jax.models.hf import load_model, save_hf
 from grpo_jax.models.model import Cache, Model, PromptCache, View
+from grpo_jax.models.moe import balance_loss, router_metrics
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.models.transformer import Routed
 
-__all__ = ["Cache", "Model", "ModelSpec", "PromptCache", "View", "load_model", "save_hf"]
+__all__ = [
+    "Cache",
+    "Model",
+    "ModelSpec",
+    "PromptCache",
+    "Routed",
+    "View",
+    "balance_loss",
+    "load_model",
+    "router_metrics",
+    "save_hf",
+]

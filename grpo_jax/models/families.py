@@ -14,11 +14,13 @@ from grpo_jax.models.keys import (
     BOTH_NORMS,
     HEAD_NORMS,
     JOINED,
+    MIXTRAL_MOE,
     MLP,
     OUTER,
     POST_NORMS,
     PRE_NORMS,
     PROJECTION_NORMS,
+    QWEN_MOE,
     ROTARY_BUFFERS,
     Keys,
 )
@@ -29,6 +31,21 @@ Windows = tuple[int | None, ...]
 
 QKNorm = Literal["none", "head", "all"]
 """Whether queries and keys are normed, each head by itself or all heads together."""
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """A mixture of experts: how many, how many a token goes to, their inner width, and whether weights sum to 1."""
+
+    experts: int
+    top: int
+    ffn: int
+    normalise: bool
+
+
+def no_mixture(config: Config) -> tuple[MoESpec | None, ...]:
+    """Every layer has an MLP."""
+    return (None,) * read_size(config, "num_hidden_layers")
 
 
 def full_attention(config: Config) -> Windows:
@@ -62,6 +79,7 @@ class Family:
         embed_scale: config -> factor of the embedded tokens.
         residual_scale, logit_divisor: the field that says it, or None for 1.
         attention_cap, logit_cap: the field that says it, or None.
+        mixtures: config -> the mixture of experts of each layer, None for an MLP.
         only: field -> the values that are supported; the first is also the default where the field is absent.
         defaults: field -> its value where it is absent.
     """
@@ -88,6 +106,7 @@ class Family:
     logit_divisor: str | None = None
     attention_cap: str | None = None
     logit_cap: str | None = None
+    mixtures: Callable[[Config], tuple[MoESpec | None, ...]] = no_mixture
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -122,6 +141,11 @@ def one_window(config: Config) -> Windows:
     """``sliding_window`` is that of every layer; null is none."""
     window = None if config.get("sliding_window") is None else read_size(config, "sliding_window")
     return (window,) * read_size(config, "num_hidden_layers")
+
+
+def qwen3_moe_windows(config: Config) -> Windows:
+    """The same, but only if ``use_sliding_window``."""
+    return one_window(config) if read_flag(config, "use_sliding_window") else full_attention(config)
 
 
 def gemma2_windows(config: Config) -> Windows:
@@ -172,6 +196,37 @@ def _turned(config: Config) -> list[bool]:
     if not isinstance(given, list) or len(given) < count or any(turned not in (0, 1) for turned in given):
         raise config_error("no_rope_layers", given, f"0 or 1 for each of {count} layers is needed", "check it")
     return [bool(turned) for turned in given[:count]]
+
+
+def mixtral_mixtures(config: Config) -> tuple[MoESpec | None, ...]:
+    """Every layer; ``intermediate_size`` is an expert's."""
+    moe = MoESpec(
+        _experts(config, 8), read_size(config, "num_experts_per_tok"), read_size(config, "intermediate_size"), True
+    )
+    return (_checked(moe),) * read_size(config, "num_hidden_layers")
+
+
+def qwen3_moe_mixtures(config: Config) -> tuple[MoESpec | None, ...]:
+    """Every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``."""
+    count, step = read_size(config, "num_hidden_layers"), read_size(config, "decoder_sparse_step")
+    top, ffn = (read_size(config, name) for name in ("num_experts_per_tok", "moe_intermediate_size"))
+    moe = _checked(MoESpec(_experts(config, 128), top, ffn, read_flag(config, "norm_topk_prob")))
+    dense = config.get("mlp_only_layers") or ()
+    return tuple(None if i in dense or (i + 1) % step else moe for i in range(count))
+
+
+def _experts(config: Config, default: int) -> int:
+    """Two spellings of one field."""
+    counts = {read_size(config, name, default) for name in ("num_experts", "num_local_experts") if name in config}
+    if len(counts) > 1:
+        raise config_error("num_local_experts", config["num_local_experts"], "num_experts says otherwise", "remove one")
+    return counts.pop() if counts else default
+
+
+def _checked(moe: MoESpec) -> MoESpec:
+    if moe.top > moe.experts:
+        raise config_error("num_experts_per_tok", moe.top, f"there are {moe.experts} experts", "check the config")
+    return moe
 
 
 def root_of_width(config: Config) -> float:
@@ -310,6 +365,30 @@ FAMILIES: Mapping[str, Family] = {
         rotaries=smollm3_rotaries,
         rotary=RotaryRules(theta=2_000_000.0),
         defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        layer={**PRE_NORMS, **ATTENTION, **MIXTRAL_MOE},
+        windows=one_window,
+        rotary=RotaryRules(theta=1_000_000.0),
+        mixtures=mixtral_mixtures,
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        layer={**PRE_NORMS, **ATTENTION, **HEAD_NORMS, **MLP, **QWEN_MOE},
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="head",
+        windows=qwen3_moe_windows,
+        mixtures=qwen3_moe_mixtures,
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+        },
     ),
 }
 """model_type -> record."""

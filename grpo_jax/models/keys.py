@@ -101,6 +101,24 @@ JOINED: Keys = {
     "mlp.down.kernel": MLP["mlp.down.kernel"],
 }
 
+QWEN_MOE: Keys = _in_layer(
+    {
+        "mlp.router.kernel": ("mlp.gate.weight", (1, 1)),
+        "mlp.experts.gate": ("mlp.experts.{e}.gate_proj.weight", (1, 1)),
+        "mlp.experts.up": ("mlp.experts.{e}.up_proj.weight", (1, 1)),
+        "mlp.experts.down": ("mlp.experts.{e}.down_proj.weight", (1, 1)),
+    }
+)
+
+MIXTRAL_MOE: Keys = _in_layer(
+    {
+        "mlp.router.kernel": ("block_sparse_moe.gate.weight", (1, 1)),
+        "mlp.experts.gate": ("block_sparse_moe.experts.{e}.w1.weight", (1, 1)),
+        "mlp.experts.up": ("block_sparse_moe.experts.{e}.w3.weight", (1, 1)),
+        "mlp.experts.down": ("block_sparse_moe.experts.{e}.w2.weight", (1, 1)),
+    }
+)
+
 OUTER: Keys = {
     "embed.kernel": Key("model.embed_tokens.weight", (1, 1)),
     "norm.scale": Key("model.norm.weight", (1,)),

@@ -141,18 +141,20 @@ class MLP(nnx.Module):
             self.up = Linear(compute, {"ffn": ffn}, into, bias)
         self.down = Linear(compute, {"embed": width}, {"ffn": ffn}, bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        """[..., D] -> [..., D], and that nothing was routed."""
         if self.fused:
             both = self.gate_up(x)
             gate, up = both[..., 0, :], both[..., 1, :]
         else:
             gate, up = self.gate(x), self.up(x)
-        return self.down(ACTIVATION_FUNCTIONS[self.activation](gate) * up)
+        return self.down(ACTIVATION_FUNCTIONS[self.activation](gate) * up), None
 
 
 def fuse_mlp(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of an ``MLP`` -> those of the same ``MLP`` with ``fused``."""
+    """Parameters of an ``MLP`` -> those of the same ``MLP`` with ``fused``; others stay as they are."""
+    if "gate" not in params:
+        return params
     names = params["gate"]
     both = {name: jnp.stack([params["gate"][name], params["up"][name]]) for name in names}
     return {"gate_up": both, "down": params["down"]}

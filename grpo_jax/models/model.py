@@ -17,7 +17,7 @@ from grpo_jax.mesh import single_device_mesh, spec_for
 from grpo_jax.models import transformer
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.spec import ModelSpec
-from grpo_jax.models.transformer import KeyValue, Layout
+from grpo_jax.models.transformer import KeyValue, Layout, Routed
 from grpo_jax.types import Params
 
 View = Any
@@ -148,10 +148,32 @@ class Model:
         """Hidden states after the final norm, [N, T, D] in ``dtype``; arguments are [N, T] int32.
 
         A token attends to the columns not after its own whose segment id is not 0 and equals its own segment id or
-        its context id. Positions drive the rotary only. Columns of segment 0 are padding: their output is finite and
+        its context id, and with a window lie less than it back by position. Positions drive the rotary and the windows
+        alone. Columns of segment 0 are padding: their output is finite and
         means nothing, and nothing reads them.
         """
-        return transformer.hidden_states(self.layout, params, tokens, positions, segment_ids, context_ids, self.remat)
+        rows = (tokens, positions, segment_ids, context_ids)
+        return transformer.hidden_states(self.layout, params, *rows, self.remat)[0]
+
+    def hidden_routed(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        context_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routed]:
+        """``hidden``, and what the mixtures of experts did: for the load-balance loss and the router's metrics.
+
+        Raises:
+            ValueError: no layer is a mixture of experts.
+        """
+        if not self.spec.experts:
+            raise ValueError(f"got a {self.spec.family} model without experts; nothing is routed; use `hidden`")
+        rows = (tokens, positions, segment_ids, context_ids)
+        hidden, routed = transformer.hidden_states(self.layout, params, *rows, self.remat, routed=True)
+        assert routed is not None
+        return hidden, routed
 
     def unembedding(self, params: Params) -> jax.Array:
         """The head [V, D] in ``dtype``, gathered over ``fsdp``, cut over ``tensor``; logits are ``hidden @ it.T``.

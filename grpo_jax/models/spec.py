@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field, replace
 
-from grpo_jax.models.families import FAMILIES, Family, QKNorm
+from grpo_jax.models.families import FAMILIES, Family, MoESpec, QKNorm
 from grpo_jax.models.fields import Config, config_error, read_cap, read_flag, read_number, read_size
 from grpo_jax.models.rotary_spec import RotarySpec
 
@@ -30,6 +30,7 @@ class LayerSpec:
         norm_offset: what is added to the scale of each norm.
         residual_scale: factor of what is added to the stream.
         activation: of the MLP, one of ``ACTIVATIONS``.
+        moe: a mixture of experts in place of the MLP, or None.
     """
 
     width: int
@@ -51,6 +52,7 @@ class LayerSpec:
     norm_offset: float = 0.0
     residual_scale: float = 1.0
     activation: str = "silu"
+    moe: MoESpec | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ class ModelSpec:
         """``layers`` cut into runs."""
         return cut_runs(self.layers)
 
+    @property
+    def experts(self) -> int:
+        """How many experts a mixture has; 0 where no layer is one."""
+        return max((layer.moe.experts for layer in self.layers if layer.moe is not None), default=0)
+
     def __hash__(self) -> int:
         """From a few fields: a spec is a static argument of every jitted call, and equality decides anyway."""
         return hash((self.family, self.vocab, self.width, len(self.layers), self.layers[0], self.tied))
@@ -222,7 +229,8 @@ def _layers(config: Config, family: Family) -> tuple[LayerSpec, ...]:
     count = read_size(config, "num_hidden_layers")
     if len(windows) != count:
         raise config_error("layer_types", len(windows), f"there are {count} layers", "give one entry for each of them")
-    return tuple(replace(layer, rotary=r, window=w) for r, w in zip(rotaries, windows, strict=True))
+    facts = zip(rotaries, windows, family.mixtures(config), strict=True)
+    return tuple(replace(layer, rotary=rotary, window=window, moe=moe) for rotary, window, moe in facts)
 
 
 def _activation(config: Config, family: Family) -> str:

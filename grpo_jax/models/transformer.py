@@ -7,7 +7,7 @@ repeats.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from grpo_jax.models.attention import (
     write_column,
 )
 from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, fuse_mlp
+from grpo_jax.models.moe import MoE, Routing, expert_load
 from grpo_jax.models.rotary import Rotation, rotation
 from grpo_jax.models.rotary_spec import RotarySpec
 from grpo_jax.models.spec import LayerSpec, ModelSpec, Run
@@ -57,14 +58,19 @@ class Block(nnx.Module):
         self.input_norm, self.attention_post_norm = norm(layer.pre_norm), norm(layer.post_norm)
         self.attention = Attention(compute, layer, fused)
         self.mlp_norm, self.mlp_post_norm = norm(layer.pre_norm), norm(layer.post_norm)
-        self.mlp = MLP(compute, layer.width, layer.ffn, layer.mlp_bias, layer.activation, fused)
+        self.mlp = (
+            MLP(compute, layer.width, layer.ffn, layer.mlp_bias, layer.activation, fused)
+            if layer.moe is None
+            else MoE(compute, layer, layer.moe)
+        )
 
-    def __call__(self, x: jax.Array, turn: Rotation | None, mix: Mix) -> tuple[jax.Array, Any]:
-        """[..., D] -> [..., D], and what ``mix`` carries out."""
+    def __call__(self, x: jax.Array, turn: Rotation | None, mix: Mix) -> tuple[jax.Array, Any, Routing | None]:
+        """[..., D] -> [..., D], what ``mix`` carries out, and where a mixture of experts sent the tokens."""
         mixed, carried = mix(*self.attention.project(_normed(self.input_norm, x), turn))
         merged = checkpoint_name(self.attention.merge(checkpoint_name(mixed, "attention")), "attention")
         x = self._add(x, _normed(self.attention_post_norm, merged))
-        return self._add(x, _normed(self.mlp_post_norm, self.mlp(_normed(self.mlp_norm, x)))), carried
+        new, routing = self.mlp(_normed(self.mlp_norm, x))
+        return self._add(x, _normed(self.mlp_post_norm, new)), carried, routing
 
     def _add(self, x: jax.Array, new: jax.Array) -> jax.Array:
         return x + (new if self.residual_scale == 1.0 else new * jnp.asarray(self.residual_scale, new.dtype))
@@ -169,6 +175,18 @@ def layer_places(runs: tuple[Run, ...]) -> list[tuple[str, int]]:
     ]
 
 
+class Routed(NamedTuple):
+    """What the mixtures of experts did with training rows.
+
+    Attributes:
+        probs: [N, T, E] float32, the router's probabilities, their mean over the layers that are mixtures.
+        load: [layers that are mixtures, E] float32, how many tokens outside the padding went to each expert.
+    """
+
+    probs: jax.Array
+    load: jax.Array
+
+
 def hidden_states(
     layout: Layout,
     params: dict[str, Any],
@@ -177,8 +195,9 @@ def hidden_states(
     segment_ids: jax.Array,
     context_ids: jax.Array | None,
     remat: str,
-) -> jax.Array:
-    """Training rows: [N, T] -> [N, T, D] after the final norm; layers are scanned."""
+    routed: bool = False,
+) -> tuple[jax.Array, Routed | None]:
+    """Training rows: [N, T] -> [N, T, D] after the final norm, and if ``routed`` what the mixtures of experts did."""
     compute = layout.compute
     weights = layout.weights["outer"]
     # The table is not cast: its gradient is summed over tokens, and a sum in bfloat16 stops growing.
@@ -187,21 +206,31 @@ def hidden_states(
     turns = layout.turns(positions, tokens.shape[1])
     masks = _masks(layout, segment_mask(segment_ids, context_ids), positions)
     x = compute.shard(outer.embed(tokens), "batch", None, None)
+    mixtures = [layer.moe for layer in layout.layers if layer.moe is not None]
+    probs = jnp.zeros((*tokens.shape, mixtures[0].experts), jnp.float32) if routed else None
+    loads = []
 
     def mix_in(layer: LayerSpec) -> Mix:
         return lambda q, k, v: (attend(compute, q, k, v, masks[layer.window], layer.softcap), None)
 
     for index, run in enumerate(layout.runs):
 
-        def body(x: jax.Array, stacked: list[Any], run: Run = run) -> tuple[jax.Array, None]:
+        def body(carry: Any, stacked: list[Any], run: Run = run) -> tuple[Any, list[jax.Array]]:
+            (x, probs), loads = carry, []
             for layer, weights in zip(run.pattern, stacked, strict=True):
-                x, _ = _training_block(layout, layer, weights)(x, turns[layer], mix_in(layer))
+                x, _, routing = _training_block(layout, layer, weights)(x, turns[layer], mix_in(layer))
                 x = compute.shard(x, "batch", None, None)
-            return x, None
+                if routing is not None and probs is not None:
+                    probs = probs + routing.probs / len(mixtures)
+                    loads.append(expert_load(routing, segment_ids != 0))
+            return (x, probs), loads
 
         stacks = [params["layers"][stack_name(index, place)] for place in range(len(run.pattern))]
-        x, _ = jax.lax.scan(jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), x, stacks)
-    return compute.shard(outer.norm(x), "batch", None, None)
+        kept = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+        (x, probs), load = jax.lax.scan(kept, (x, probs), stacks)
+        loads += [jnp.stack(load, axis=1).reshape(-1, load[0].shape[-1])] if load else []
+    x = compute.shard(outer.norm(x), "batch", None, None)
+    return x, None if probs is None else Routed(probs, jnp.concatenate(loads))
 
 
 def _masks(layout: Layout, mask: jax.Array, positions: jax.Array) -> dict[int | None, jax.Array]:
@@ -329,7 +358,7 @@ def _unrolled(
     cache = []
     for index, (layer, weights) in enumerate(zip(layout.layers, view["layers"], strict=True)):
         block = nnx.merge(layout.fused[layer][0], weights)
-        x, carried = block(x, turns[layer], mix_in(index))
+        x, carried, _ = block(x, turns[layer], mix_in(index))
         cache.append(carried)
     return x, tuple(cache)
 

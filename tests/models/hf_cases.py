@@ -204,12 +204,42 @@ CASES: dict[str, Case] = {
             "tie_word_embeddings": False,
         },
     ),
+    "mixtral": (
+        "MixtralConfig",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9, "intermediate_size": 24},
+    ),
+    "qwen3_moe one dense layer, normalised": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 8,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "num_hidden_layers": 4,
+        },
+    ),
+    "qwen3_moe every other layer, tied": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 12,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 5,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
 }
 
 LONGEST = {name: LENGTH for name in CASES if name.endswith("long text")}
 """Cases whose rotary must be told how long the texts are."""
 
-GRADIENTS = ("llama biases, head_dim apart", "gemma2 windows, caps", "phi3 partial rotary, window", "olmo2 grouped")
+GRADIENTS = ("llama biases, head_dim apart", "gemma2 windows, caps", "phi3 partial rotary, window", "mixtral")
 """Cases whose gradients are compared too."""
 
 

@@ -3,11 +3,13 @@
 import json
 from functools import partial
 
+import jax
+import numpy as np
 import pytest
 from hf_cases import CASES, GRADIENTS, LONGEST, draw, draw_tokens, fields
-from model_cases import LLAMA3, VALUE_AND_GRADIENT, by_hf_name, check_gradients, random_tokens, relative
+from model_cases import LLAMA3, VALUE_AND_GRADIENT, by_hf_name, check_gradients, random_tokens, relative, whole_rows
 
-from grpo_jax.models import load_model, save_hf
+from grpo_jax.models import balance_loss, load_model, save_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -54,6 +56,21 @@ def test_logits_from_the_older_spelling(tmp_path):
     assert relative(model.logits(params, tokens), _torch_logits(reference, tokens)) < 2e-5
 
 
+def _experts_joined(named):
+    """transformers 5 holds the experts of a layer as two tensors, and writes them one by one."""
+    found: dict[str, list] = {}
+    for name, value in sorted(named.items()):
+        start, _, rest = name.replace("block_sparse_moe", "mlp").partition(".experts.")
+        found.setdefault(f"{start}.experts.{rest.split('.')[1]}" if rest else start, []).append(value)
+    joined = {name: values[0] for name, values in found.items() if ".experts." not in name}
+    for name, values in found.items():
+        if name.endswith(".w1"):
+            both = zip(values, found[name.replace(".w1", ".w3")], strict=True)
+            joined[name.replace("w1", "gate_up_proj")] = np.stack([np.concatenate(pair) for pair in both])
+            joined[name.replace("w1", "down_proj")] = np.stack(found[name.replace(".w1", ".w2")])
+    return joined
+
+
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients_of_the_mean_logp(case, tmp_path):
     reference, tokens = _torch_model(case), draw_tokens()
@@ -64,7 +81,7 @@ def test_gradients_of_the_mean_logp(case, tmp_path):
     model, params = load_model(tmp_path)
     value, gradient = VALUE_AND_GRADIENT(model, params, tokens)
     assert abs(float(value) - logp.mean().item()) < 2e-5 * abs(float(value))
-    got = by_hf_name(model, gradient)
+    got = _experts_joined(by_hf_name(model, gradient))
     wanted = {name: p.grad.numpy() for name, p in reference.named_parameters()}
     assert set(got) == set(wanted)
     check_gradients(got, wanted)
@@ -76,6 +93,8 @@ EXPORTED = {
     "gemma3 two rotaries, cap": "bfloat16",
     "phi3 one key head, longrope, short text": "float32",
     "olmo2 grouped": "bfloat16",
+    "mixtral": "float32",
+    "qwen3_moe one dense layer, normalised": "bfloat16",
 }
 
 
@@ -97,3 +116,23 @@ def test_transformers_loads_what_is_saved(case, tmp_path):
     want = _torch_logits(before, tokens)
     assert (_torch_logits(after, tokens) == want).all()
     assert relative(model.logits(params, tokens), want) < 2e-5
+
+
+def test_the_balance_loss_is_that_of_transformers(tmp_path):
+    case = "qwen3_moe every other layer, tied"
+    reference, tokens = _torch_model(case), draw_tokens()
+    reference.save_pretrained(tmp_path)
+    output = reference(torch.tensor(tokens, dtype=torch.long), output_router_logits=True)
+    output.aux_loss.backward()
+    model, params = load_model(tmp_path)
+
+    def loss(params):
+        routed = model.hidden_routed(params, *whole_rows(tokens))[1]
+        return balance_loss(routed.probs, routed.load, tokens.size).mean(), routed.load
+
+    (value, load), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert load.shape == (2, 4) and (load.sum(axis=1) == tokens.size).all()
+    assert abs(float(value) - output.aux_loss.item()) < 2e-5 * float(value)
+    wanted = {name: p.grad.numpy() for name, p in reference.named_parameters() if name.endswith("mlp.gate.weight")}
+    assert len(wanted) == 2
+    check_gradients(by_hf_name(model, gradient), wanted)
