@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 Reward = Callable[..., Any]
@@ -71,10 +72,10 @@ def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
             f"reward {spec!r}: the running script is not run again in the worker; "
             "put the function into a file of its own, or give Trainer the function itself"
         )
-    namespace = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
-    function = namespace.get(name)
+    module = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
+    function = getattr(module, name, None)  # not vars(module): a module may load its names when they are asked for
     if not callable(function):
-        names = sorted(key for key, value in namespace.items() if callable(value) and not key.startswith("_"))
+        names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         known = ", ".join(names[:20]) + more if names else "none"
         raise ValueError(
@@ -168,9 +169,9 @@ def _named(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
     return {key: parameter for key, parameter in signature.parameters.items() if parameter.kind in by_keyword}
 
 
-def _load_module(spec: str, place: str) -> dict[str, Any]:
+def _load_module(spec: str, place: str) -> ModuleType:
     try:
-        return vars(importlib.import_module(place))
+        return importlib.import_module(place)
     except MemoryError:
         raise  # about the process, as in a call
     except Exception as error:
@@ -180,7 +181,7 @@ def _load_module(spec: str, place: str) -> dict[str, Any]:
         ) from error
 
 
-def _load_file(spec: str, path: Path) -> dict[str, Any]:
+def _load_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(
             f"reward {spec!r}: no file {str(path)!r} under {Path.cwd()}; give the path from there, or all of it"
@@ -200,4 +201,4 @@ def _load_file(spec: str, path: Path) -> dict[str, Any]:
         raise ValueError(
             f"reward {spec!r}: running {path} raised {type(error).__name__}: {words_of(error)}; repair the file"
         ) from error
-    return vars(module)
+    return module

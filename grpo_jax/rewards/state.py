@@ -1,6 +1,7 @@
 """What a reward function may know of the run, and what it may tell the run besides its rewards."""
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
@@ -85,8 +86,9 @@ class Notes:
 def plain(value: Any) -> Any:
     """A value as JSON has it: what it cannot hold becomes a number or text, a float that is not finite None.
 
-    >>> plain({"a": (1, float("nan")), "b": {2.5j}})
-    {'a': [1, None], 'b': '{2.5j}'}
+    >>> from fractions import Fraction
+    >>> plain({"a": (1, float("nan"), Fraction(1, 4)), "b": {2.5j}})
+    {'a': [1, None, 0.25], 'b': '{2.5j}'}
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -96,10 +98,12 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    try:
-        return plain(float(value)) if isinstance(value, SupportsFloat) else str(value)
-    except (TypeError, ValueError):
-        return str(value)
+    for number in (operator.index, float):
+        try:
+            return plain(number(value))
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return str(value)
 
 
 def completion_limit(given: int | None, state: TrainerState | None, name: str) -> int:

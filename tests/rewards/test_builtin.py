@@ -312,6 +312,7 @@ def test_resolve_module_and_file(tmp_path):
     )
     assert resolve(f"{file}:two")(completions=["a", "b"]) == [2.0, 2.0]
     assert resolve("grpo_jax.rewards.exact_match:exact_match") is REWARDS["exact_match"]
+    assert resolve("grpo_jax:TrainConfig").__name__ == "TrainConfig"  # a module that loads its names when asked
     assert reward_name(f"{file}:two") == "two"
     assert resolve("soft_overlong", max_completion_len=9).__name__ == "soft_overlong"
 
