@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from callbacks.synthetic import NAMES, Words, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.metrics import JsonLines, Phases, TokenTexts, completion_rows, prompt_text, read_json_lines, scalars
-from tests.callbacks.synthetic import NAMES, Words, step_of
 
 SEPARATORS = "a\u2028b\x85c\x0bd\x0ce\x1cf\u2029\r\n"
 

@@ -7,7 +7,8 @@ import pytest
 
 from grpo_jax import rundir
 from grpo_jax.metrics import JsonLines
-from tests.callbacks.synthetic import config_for, evaluation_of, write_run
+
+from .synthetic import config_for, evaluation_of, write_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 

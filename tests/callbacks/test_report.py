@@ -14,8 +14,9 @@ from grpo_jax.callbacks.report import page as page_module
 from grpo_jax.callbacks.report.__main__ import main
 from grpo_jax.callbacks.report.panels import MOST_POINTS, charts
 from grpo_jax.metrics import JsonLines, TokenTexts, completion_rows, read_json_lines
-from tests.callbacks.browser import CHROMIUM, Browser
-from tests.callbacks.synthetic import NAMES, Words, evaluation_of, run_of, step_of, write_many_completions, write_run
+
+from .browser import CHROMIUM, Browser
+from .synthetic import NAMES, Words, evaluation_of, run_of, step_of, write_many_completions, write_run
 
 HOSTILE = (
     "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"

@@ -11,7 +11,8 @@ from grpo_jax.callbacks.report import Report
 from grpo_jax.callbacks.table import build
 from grpo_jax.callbacks.terminal import Terminal
 from grpo_jax.metrics import scalars
-from tests.callbacks.synthetic import config_for, evaluation_of, run_of, step_of, write_run
+
+from .synthetic import config_for, evaluation_of, run_of, step_of, write_run
 
 
 def names(config, directory) -> list[str]:

@@ -10,7 +10,8 @@ from rich.console import Console
 from grpo_jax.callbacks import Evaluation, live
 from grpo_jax.callbacks.live import KEYS, Screen, duration, printable, sparkline
 from grpo_jax.callbacks.terminal import Terminal, evaluation_line
-from tests.callbacks.synthetic import config_for, evaluation_of, run_of, step_of
+
+from .synthetic import config_for, evaluation_of, run_of, step_of
 
 SUMMARY = {"accuracy_first": 0.1, "accuracy_last": 0.5, "accuracy_best": 0.6, "steps": 3, "seconds": 138.0}
 
