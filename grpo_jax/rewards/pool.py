@@ -376,17 +376,21 @@ def _checked_options(options: Mapping[str, Mapping[str, Any]], names: Sequence[s
 
 def _check_specs(specs: Sequence[str | Reward]) -> None:
     if not specs:
-        raise ValueError("rewards: got none, so nothing could be learned; name at least one, such as exact_match")
+        raise ValueError(
+            "reward.functions: got none, so nothing could be learned; name at least one, such as exact_match"
+        )
     for spec in specs:
         if not (isinstance(spec, str) or callable(spec)):
-            raise ValueError(f"rewards: got {spec!r}, which is neither a name nor a function; give one of these")
+            raise ValueError(
+                f"reward.functions: got {spec!r}, which is neither a name nor a function; give one of these"
+            )
 
 
 def _check_limits(timeout_seconds: float, memory_limit_mb: int | None) -> None:
     if not 0 < timeout_seconds < math.inf:
-        raise ValueError(f"reward timeout_seconds: got {timeout_seconds}, but a limit is positive and finite; use 10")
+        raise ValueError(f"reward.timeout_seconds: got {timeout_seconds}, but a limit is positive and finite; use 10")
     if memory_limit_mb is not None and memory_limit_mb < 64:
         raise ValueError(
-            f"reward memory_limit_mb: got {memory_limit_mb}, but Python alone needs about 64; use 1024, or None for "
+            f"reward.memory_limit_mb: got {memory_limit_mb}, but Python alone needs about 64; use 1024, or None for "
             "no limit"
         )
