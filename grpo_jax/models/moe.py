@@ -66,7 +66,9 @@ class MoE(nnx.Module):
 
         def local(x: jax.Array, weights: jax.Array, chosen: jax.Array, *kernels: jax.Array) -> jax.Array:
             first = 0 if over is None else jax.lax.axis_index(over) * kernels[0].shape[0]
-            flat = [value.reshape(-1, value.shape[-1]) for value in (x, weights, chosen - first)]
+            # Said aloud: a gather whose indices alone differ over an axis loses the other devices' gradient (jax 0.10).
+            varying = x if over is None else jax.lax.pcast(x, over, to="varying")
+            flat = [value.reshape(-1, value.shape[-1]) for value in (varying, weights, chosen - first)]
             share = self._share(*flat, *kernels)
             return jax.lax.psum(share, tuple(axis for axis in (over, across) if axis is not None)).reshape(x.shape)
 
@@ -87,9 +89,11 @@ class MoE(nnx.Module):
                 rows, kernel, sizes, BY_EXPERT, precision=self.compute.precision, preferred_element_type=out
             )
 
-        rows, dtype = x[order // top], self.compute.dtype
+        # What a ragged product gives beyond its groups, and the gradient of it, is not defined.
+        mine = (group[order] < count)[:, None]
+        rows, dtype = jnp.where(mine, x[order // top], 0), self.compute.dtype
         inner = ACTIVATION_FUNCTIONS[self.activation](each(rows, gate, dtype)) * each(rows, up, dtype)
-        outer = jnp.where((group[order] < count)[:, None], each(inner, down, "float32"), 0)
+        outer = jnp.where(mine, each(inner, down, "float32"), 0)
         back = jnp.argsort(order)
         return (weights[..., None] * outer[back].reshape(-1, top, x.shape[1])).sum(axis=1)
 

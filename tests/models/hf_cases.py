@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
             "num_experts_per_tok": 1,
             "moe_intermediate_size": 12,
             "decoder_sparse_step": 2,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "tie_word_embeddings": True,
             "attention_bias": True,
             "use_sliding_window": True,

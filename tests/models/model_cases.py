@@ -26,6 +26,43 @@ LLAMA3 = {
 }
 
 
+WINDOW = {"sliding_window": 4, "head_dim": 6}
+FAMILY_CASES: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 11,
+        **WINDOW,
+    },
+    "gemma3": {"model_type": "gemma3_text", "rope_parameters": None, "sliding_window_pattern": 2, **WINDOW},
+    "phi3": {
+        "model_type": "phi3",
+        "num_key_value_heads": 1,
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
+    },
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 2.5,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 3.0,
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+}
+"""A row for each way through the model that qwen2 and llama do not take."""
+
+
 def config(model_type: str = "qwen2", **fields: Any) -> dict[str, Any]:
     """A config.json in the newer spelling."""
     base = {

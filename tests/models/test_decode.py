@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import DECODE, LLAMA3, PREFILL, random_model, random_tokens
+from model_cases import DECODE, FAMILY_CASES, LLAMA3, PREFILL, random_model, random_tokens
 
 from grpo_jax.metrics import CompileLog
 from grpo_jax.models import Model
@@ -75,6 +75,15 @@ def _full(model, params, texts, steps=STEPS):
 
 def test_every_position_equals_the_full_forward(setup):
     model, params = setup
+    texts = _texts()
+    difference = np.abs(_decode_all(model, params, texts) - _full(model, params, texts))
+    assert difference.mean() < 1e-5 and difference.max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILY_CASES)
+def test_every_position_of_each_family_equals_the_full_forward(family):
+    """Across the edge of the windows, too: the texts are longer than they are."""
+    model, params = random_model(**FAMILY_CASES[family], num_hidden_layers=2)
     texts = _texts()
     difference = np.abs(_decode_all(model, params, texts) - _full(model, params, texts))
     assert difference.mean() < 1e-5 and difference.max() < 1e-4

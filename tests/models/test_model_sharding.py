@@ -6,7 +6,18 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from model_cases import DECODE, HIDDEN, PREFILL, mean_logp, random_model, random_tokens, relative, whole_rows
+from model_cases import (
+    DECODE,
+    FAMILY_CASES,
+    HIDDEN,
+    PREFILL,
+    VALUE_AND_GRADIENT,
+    mean_logp,
+    random_model,
+    random_tokens,
+    relative,
+    whole_rows,
+)
 
 from grpo_jax.mesh import batch_sharding, make_mesh
 from grpo_jax.models.model import Model
@@ -115,6 +126,26 @@ def test_decoding(one, eight):
     assert _shards(cache[1][1]) == (16 // rows, K // tensor, 3, d)
     for g, w in zip(got, run(*one)[3], strict=True):
         assert relative(g, w) < NOISE
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("olmo2", (1, 2, 4, 1)), ("qwen3_moe", (1, 2, 2, 2))])
+def test_families(family, sizes):
+    single, params = random_model(**FAMILY_CASES[family], num_hidden_layers=2)
+    model = replace(single, mesh=make_mesh(*sizes))
+    placed, tokens = jax.device_put(params, model.param_shardings), random_tokens((8, 6))
+    if family == "qwen3_moe":
+        experts = placed["layers"]["0.0"]["mlp"]["experts"]
+        assert _shards(experts["gate"]) == _shards(experts["up"]) == (1, 2, 12, 16)
+        assert _shards(experts["down"]) == (1, 2, 16, 12)
+    value, gradient = VALUE_AND_GRADIENT(model, placed, tokens)
+    wanted, want = VALUE_AND_GRADIENT(single, params, tokens)
+    assert relative(value, wanted) < NOISE
+    scale = max(np.abs(w).max() for w in jax.tree.leaves(want))
+    for g, w in zip(jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
+        assert np.abs(np.asarray(g) - np.asarray(w)).max() < NOISE * scale
+    lengths = np.array([6, 2, 3, 1, 5, 4, 4, 2], np.int32)
+    hidden = [PREFILL(m, m.decode_view(p), tokens, lengths)[0] for m, p in ((model, placed), (single, params))]
+    assert relative(*hidden) < NOISE
 
 
 def test_axes_that_do_not_divide_are_replicated():
