@@ -3,6 +3,7 @@
     python scripts/mutate.py                            # all of them, about a minute each
     python scripts/mutate.py --only losses "geo_gate"   # those whose file or name holds one of the words
     python scripts/mutate.py --near                     # by the tests of its own part alone
+    python scripts/mutate.py --tests test_trl.py        # by these tests of tests/algo alone
 
 Caught means: a test ran and failed, and passes again once the mistake is out. Tests that can't be collected, or that
 fail on the sound code too, end the run. What no test of its own part catches is tried against all of tests/algo.
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,13 +80,13 @@ def prepare(work: Path) -> None:
         raise RuntimeError(f"the copy is not what is imported: {found}")
 
 
-def try_mutant(mutant: Mutant, work: Path, near_only: bool) -> str | None:
+def try_mutant(mutant: Mutant, work: Path, near_only: bool = False, named: Sequence[str] = ()) -> str | None:
     """Plant the mistake, run the tests, take it out again; return the test that caught it."""
     path = work / "grpo_jax/algo" / mutant.file
     sound = path.read_text()
-    near = [f"tests/algo/{name}" for name in FIRST.get(mutant.file, FIRST_OF_LOSS)]
+    near = [f"tests/algo/{name}" for name in named or FIRST.get(mutant.file, FIRST_OF_LOSS)]
     every = sorted(f"tests/algo/{test.name}" for test in (work / "tests/algo").glob("test_*.py"))
-    rest = [] if near_only else [test for test in every if test not in near]
+    rest = [] if near_only or named else [test for test in every if test not in near]
     path.write_text(sound.replace(mutant.old, mutant.new))
     try:
         caught = pytest(work, near) or (pytest(work, rest) if rest else None)
@@ -109,6 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="a word in the file or the name")
     parser.add_argument("--near", action="store_true", help="only the tests of the mutant's own part")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="TEST", help="files of tests/algo, or file::test")
     parser.add_argument("--check", action="store_true", help="only see that each mutant can still be planted")
     arguments = parser.parse_args()
     mutants = [m for m in read_table() if any(word in m.file or word in m.name for word in arguments.only)]
@@ -122,7 +125,7 @@ def main() -> int:
         print("| file | mutant | caught by | s |\n|---|---|---|---|")
         for mutant in mutants:
             start = time.monotonic()
-            caught = try_mutant(mutant, work, arguments.near)
+            caught = try_mutant(mutant, work, arguments.near, arguments.tests)
             survived += caught is None
             shown = f"`{caught.removeprefix('tests/algo/')}`" if caught else "**survived**"
             print(f"| {mutant.file} | {mutant.name} | {shown} | {time.monotonic() - start:.0f} |", flush=True)

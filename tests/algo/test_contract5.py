@@ -23,7 +23,7 @@ FLOATS = ("logp", "old_logp", "advantages", "ref_logp", "sampler_logp", "entropy
 TOLERANCE = 1e-11
 
 STEP_STATISTICS = {
-    "clip_cov": {"surrogate": "clip_cov", "clip_cov_low": -0.5, "clip_cov_high": 0.5, "clip_cov_share": 0.1},
+    "clip_cov": {"surrogate": "clip_cov", "clip_cov_low": -0.5, "clip_cov_high": 0.5, "clip_cov_share": 0.3},
     "kl_cov": {"surrogate": "kl_cov", "kl_cov_share": 0.13},
     "kl_cov with ties": {"surrogate": "kl_cov", "kl_cov_share": 0.13},
     "entropy_top": {"entropy_top": 0.3719, "entropy_coef": 0.01},
