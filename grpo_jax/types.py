@@ -45,6 +45,7 @@ class Rollout:
         completion_len: [N] int32, tokens sampled, the stop token among them.
         sampler_logp: [N, T] float32 of the tempered distribution before truncation; 0 outside completions.
         finish: [N] of "stop" or "length".
+        drawn_logp: [N, T] float32 of the distribution that penalties and truncation left; None where none did.
     """
 
     tokens: np.ndarray
@@ -52,6 +53,7 @@ class Rollout:
     completion_len: np.ndarray
     sampler_logp: np.ndarray
     finish: np.ndarray
+    drawn_logp: np.ndarray | None = None
 
     def completion_ids(self, row: int) -> list[int]:
         """Token ids that row ``row`` sampled, its stop token included."""
@@ -60,13 +62,16 @@ class Rollout:
 
     def take(self, rows: Any) -> "Rollout":
         """The rows that a slice or an array of indices picks."""
-        return Rollout(*(getattr(self, field.name)[rows] for field in fields(self)))
+        columns = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        taken: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns}
+        return Rollout(**taken)
 
     @staticmethod
     def join(rollouts: "Sequence[Rollout]") -> "Rollout":
         """Rollouts of one width, one behind the other."""
-        columns = ([getattr(rollout, field.name) for rollout in rollouts] for field in fields(Rollout))
-        return Rollout(*(np.concatenate(column) for column in columns))
+        columns = [(field.name, [getattr(rollout, field.name) for rollout in rollouts]) for field in fields(Rollout)]
+        joined: dict[str, Any] = {name: None if x[0] is None else np.concatenate(x) for name, x in columns}
+        return Rollout(**joined)
 
     @property
     def completion_mask(self) -> np.ndarray:

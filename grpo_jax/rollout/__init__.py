@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from grpo_jax.models.model import Model
-from grpo_jax.rollout.engine import StaticEngine
+from grpo_jax.rollout.engine import ContinuousEngine
 from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.rollout.static import StaticEngine
 from grpo_jax.types import Params, Prompt, Rollout
 
-__all__ = ["Engine", "Sampling", "StaticEngine", "generate"]
+__all__ = ["ContinuousEngine", "Engine", "Sampling", "StaticEngine", "generate"]
 
 
 class Engine(Protocol):
@@ -63,4 +64,6 @@ def generate(
     stops = model.spec.stop_ids if stop_ids is None else stop_ids
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(sorted(set(stops))))
     asked = [Prompt(int(i), tuple(tokens)) for i, tokens in zip(ids, prompts, strict=True)]
-    return StaticEngine(model).generate(params, asked, num_samples=num_samples, sampling=sampling, seed=seed, step=0)
+    return ContinuousEngine(model).generate(
+        params, asked, num_samples=num_samples, sampling=sampling, seed=seed, step=0
+    )

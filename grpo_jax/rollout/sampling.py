@@ -1,11 +1,13 @@
 """Logits to tokens: one addressed uniform a token, inverted through the cumulative distribution in two levels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from grpo_jax.rollout.truncation import penalize, truncate
 
 BLOCK = 256
 """Tokens of the vocabulary whose probability is summed first; the draw picks a block, then a token in it."""
@@ -13,7 +15,7 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn from; static in jit.
+    """What is drawn from: penalties, then the temperature, then what the truncations leave.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.
@@ -21,6 +23,13 @@ class Sampling:
         top_p: keep the fewest tokens whose probability reaches top_p (and any that tie); None keeps all.
         max_new_tokens: longest completion, its stop token included.
         stop_ids: tokens that end a completion and belong to it.
+        min_p: keep the tokens at least this share as likely as the likeliest; None keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the text so far
+            (arXiv 1909.05858); 1 is none.
+        presence_penalty: is taken from the logits of tokens in the completion so far; 0 is none.
+        min_tokens: no stop token before so many tokens.
+        stop_strings: texts that end a completion, with the token that completes them.
+        banned_ids: tokens never drawn.
     """
 
     temperature: float = 1.0
@@ -28,38 +37,103 @@ class Sampling:
     top_p: float | None = None
     max_new_tokens: int = 64
     stop_ids: tuple[int, ...] = ()
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    min_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+    banned_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be sampled."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature: got {self.temperature}; it divides the logits. Use 0 for greedy, or more.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: got {self.top_k}; at least 1 token must remain. Use None to keep all.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p}; it is a probability. Use a value in (0, 1], or None.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}; at least 1 token must be sampled.")
+        for name, (wrong, why) in self._wrong().items():
+            if wrong:
+                raise ValueError(f"{name}: got {getattr(self, name)}; {why}")
+
+    def _wrong(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "temperature": (not 0 <= self.temperature < np.inf, "it divides the logits. Use 0 for greedy, or more."),
+            "top_k": (self.top_k is not None and self.top_k < 1, "at least 1 token must remain. Use None to keep all."),
+            "top_p": (
+                self.top_p is not None and not 0 < self.top_p <= 1,
+                "it is a probability. Use a value in (0, 1], or None.",
+            ),
+            "max_new_tokens": (self.max_new_tokens < 1, "at least 1 token must be sampled."),
+            "min_p": (
+                self.min_p is not None and not 0 < self.min_p <= 1,
+                "it is a share of the largest probability. Use a value in (0, 1], or None.",
+            ),
+            "repetition_penalty": (not 0 < self.repetition_penalty < np.inf, "it divides logits. Use 1 for none."),
+            "presence_penalty": (not np.isfinite(self.presence_penalty), "it is taken from logits. Use 0 for none."),
+            "min_tokens": (
+                not 0 <= self.min_tokens <= self.max_new_tokens,
+                f"a completion has 1 to {self.max_new_tokens} tokens. Use 0 for no lower limit.",
+            ),
+            "stop_strings": ("" in self.stop_strings, "every text holds the empty one. Leave it out."),
+        }
+
+    def check(self, vocab: int) -> None:
+        """Raise ValueError where nothing could be drawn from a vocabulary of this size, or an id lies outside it."""
+        for name, ids in (("stop_ids", self.stop_ids), ("banned_ids", self.banned_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                raise ValueError(f"{name}: got {ids}, and the model knows 0 to {vocab - 1}. Use this model's tokens.")
+        never = {*self.banned_ids, *(self.stop_ids if self.min_tokens else ())}
+        if len(never) == vocab:
+            raise ValueError(f"banned_ids: got all {vocab} tokens, those that stop included; leave one to draw.")
+
+    @property
+    def rules(self) -> "Sampling":
+        """What a compiled program depends on; temperature and lengths are its arguments."""
+        return replace(self, temperature=1.0, max_new_tokens=max(1, self.min_tokens), stop_strings=())
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on the tokens before it other than through the model."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+
+    @property
+    def changed(self) -> bool:
+        """Whether what is drawn from is another distribution than the tempered one."""
+        bounds = (self.top_k, self.top_p, self.min_p)
+        return self.looks_back or self.min_tokens > 0 or bool(self.banned_ids) or any(x is not None for x in bounds)
+
+
+def address_keys(address: jax.Array, round_: jax.Array) -> jax.Array:
+    """Keys of rows, each a function of (seed, round, request id, sample index) only.
+
+    Args:
+        address: [B, 4] uint32: seed, high and low half of the 64-bit request id, sample index.
+        round_: scalar uint32, the step (or the round within it) that samples.
+
+    Returns:
+        [B] typed keys.
+    """
+
+    def row(seed: jax.Array, high: jax.Array, low: jax.Array, sample: jax.Array) -> jax.Array:
+        key = jax.random.key(seed, impl="threefry2x32")
+        for part in (round_, high, low, sample):
+            key = jax.random.fold_in(key, part)
+        return key
+
+    return jax.vmap(row)(*address.T)
 
 
 def row_keys(seed: int | jax.Array, round_: jax.Array, request_ids: jax.Array, num_samples: int) -> jax.Array:
-    """Keys of all rows, each a function of (seed, round, request id, sample index) only.
+    """`address_keys` of G samples of each request.
 
     Args:
         seed: scalar below 2**32.
-        round_: scalar uint32, the step (or the round within it) that samples.
-        request_ids: [Q, 2] uint32, high and low half of each 64-bit request id.
+        round_: scalar uint32.
+        request_ids: [Q, 2] uint32, from `split_ids`.
         num_samples: G.
 
     Returns:
         [Q * G] typed keys, row q * G + g.
     """
-    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), round_)
-
-    def row(request: jax.Array, sample: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, request[0]), request[1]), sample)
-
-    samples = jnp.arange(num_samples, dtype=jnp.uint32)
-    return jax.vmap(lambda request: jax.vmap(lambda sample: row(request, sample))(samples))(request_ids).reshape(-1)
+    ids = jnp.repeat(jnp.asarray(request_ids, jnp.uint32), num_samples, axis=0)
+    samples = jnp.tile(jnp.arange(num_samples, dtype=jnp.uint32), len(request_ids))
+    seeds = jnp.full(samples.shape, seed, jnp.uint32)
+    return address_keys(jnp.stack([seeds, ids[:, 0], ids[:, 1], samples], axis=-1), round_)
 
 
 def split_ids(request_ids: list[int]) -> np.ndarray:
@@ -115,50 +189,66 @@ def _first_beyond(weights: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last)
 
 
-def truncate(weights: jax.Array, sampling: Sampling) -> jax.Array:
-    """Set to 0 what top-k, then top-p leave out.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class History:
+    """What a draw may look back at; the tokens only where a penalty asks for them.
 
-    Args:
-        weights: [B, V] float32 probabilities up to a factor a row.
-        sampling: static.
-
-    Returns:
-        [B, V] float32; all of it when neither is set.
+    Attributes:
+        length: [B] int32, tokens the completion has.
+        tokens: [B, C] int32, the completion; what follows ``length`` is ignored.
+        prompt: [B, P] int32.
+        prompt_len: [B] int32.
     """
-    vocab = weights.shape[-1]
-    if sampling.top_k is not None and sampling.top_k < vocab:
-        kth = jax.lax.top_k(weights, sampling.top_k)[0][:, -1:]
-        weights = jnp.where(weights >= kth, weights, 0.0)
-    if sampling.top_p is not None and sampling.top_p < 1.0:
-        ordered = -jnp.sort(-weights, axis=-1)
-        before = jnp.cumsum(ordered, -1) - ordered
-        kept = before < sampling.top_p * weights.sum(-1, keepdims=True)
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        weights = jnp.where(weights >= least, weights, 0.0)
-    return weights
+
+    length: jax.Array
+    tokens: jax.Array
+    prompt: jax.Array
+    prompt_len: jax.Array
 
 
-def sample(logits: jax.Array, u: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def sample(
+    logits: jax.Array,
+    u: jax.Array,
+    rules: Sampling,
+    temperature: jax.Array | float,
+    history: History | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Draw one token a row.
 
     Args:
         logits: [B, V] float32.
         u: [B] float32 in [0, 1); not used when the temperature is 0.
-        sampling: static.
+        rules: static; its own temperature is not read.
+        temperature: scalar; 0 takes the most likely token that may be drawn.
+        history: needed where ``rules`` has penalties or ``min_tokens``.
 
     Returns:
-        ([B] int32 tokens, [B] float32 log-probabilities in the tempered distribution before truncation; at
-        temperature 0 in the distribution at temperature 1).
+        [B] int32 tokens; [B] float32 log-probabilities in the tempered distribution before penalties and truncation;
+        and in the one that was drawn from, or None where the rules change nothing. At temperature 0 the first is at
+        temperature 1, and the second is 0: that token was certain.
     """
     chex.assert_rank([logits, u], [2, 1])
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-    top = logits.max(-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        token = invert_cdf(truncate(weights, sampling), u)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    logp = chosen - top - jnp.log(weights.sum(-1, keepdims=True))
-    return token, logp[:, 0]
+    temperature = jnp.asarray(temperature, jnp.float32)
+    greedy = temperature == 0
+    divisor = jnp.where(greedy, 1.0, temperature)
+    tempered = logits / divisor
+    allowed = tempered
+    if rules.changed:
+        allowed = penalize(logits, rules, history) / divisor
+    top = allowed.max(-1, keepdims=True)
+    weights = jnp.exp(allowed - top)
+    kept = truncate(weights, rules.top_k, rules.top_p, rules.min_p)
+    kept = jnp.where(greedy, (allowed == top).astype(jnp.float32), kept)
+    token = invert_cdf(kept, jnp.where(greedy, 0.0, u))
+    if not rules.changed:
+        return token, _logp(tempered, top, weights.sum(-1, keepdims=True), token), None
+    peak = tempered.max(-1, keepdims=True)
+    logp = _logp(tempered, peak, jnp.exp(tempered - peak).sum(-1, keepdims=True), token)
+    drawn = _logp(allowed, top, kept.sum(-1, keepdims=True), token)
+    return token, logp, jnp.where(greedy, 0.0, drawn)
+
+
+def _logp(scores: jax.Array, top: jax.Array, total: jax.Array, token: jax.Array) -> jax.Array:
+    chosen = jnp.take_along_axis(scores, token[:, None], axis=-1)
+    return (chosen - top - jnp.log(total))[:, 0]

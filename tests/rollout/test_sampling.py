@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grpo_jax.rollout.sampling import Sampling, invert_cdf, row_keys, sample, split_ids, truncate, uniforms
+from grpo_jax.rollout.sampling import Sampling, invert_cdf, row_keys, sample, split_ids, uniforms
+from grpo_jax.rollout.truncation import truncate
 
 LAST = 1.0 - 2.0**-24
 
@@ -37,7 +38,7 @@ def test_draws_follow_the_truncated_distribution(vocab, options):
     sampling = Sampling(**options)
     logits = 2.0 * np.random.default_rng(vocab).standard_normal(vocab).astype(np.float32)
     count = 40_000
-    draw = jax.jit(lambda u: sample(jnp.tile(logits, (10_000, 1)), u, sampling)[0])
+    draw = jax.jit(lambda u: sample(jnp.tile(logits, (10_000, 1)), u, sampling, sampling.temperature)[0])
     uniform = np.random.default_rng(1).random((4, 10_000), np.float32)
     tokens = np.concatenate([np.asarray(draw(u)) for u in uniform])
     expected = exact(logits, sampling) * count
@@ -77,24 +78,24 @@ def test_the_draw_inverts_the_cumulative_distribution(vocab):
 def test_sampler_logp_is_that_of_the_tempered_distribution_before_truncation():
     logits = np.random.default_rng(0).standard_normal((16, 50)).astype(np.float32)
     u = np.linspace(0, LAST, 16, dtype=np.float32)
-    token, logp = sample(jnp.asarray(logits), jnp.asarray(u), Sampling(temperature=0.5, top_k=3))
+    token, logp, _ = sample(jnp.asarray(logits), jnp.asarray(u), Sampling(top_k=3), 0.5)
     expected = jax.nn.log_softmax(jnp.asarray(logits) / 0.5)[jnp.arange(16), token]
     np.testing.assert_allclose(logp, expected, atol=1e-6)
 
 
 def test_temperature_zero_is_greedy_and_scores_at_temperature_one():
     logits = np.random.default_rng(0).standard_normal((8, 50)).astype(np.float32)
-    token, logp = sample(jnp.asarray(logits), jnp.zeros(8), Sampling(temperature=0.0, top_p=0.5))
+    token, logp, _ = sample(jnp.asarray(logits), jnp.zeros(8), Sampling(top_p=0.5), 0.0)
     np.testing.assert_array_equal(token, logits.argmax(-1))
     np.testing.assert_allclose(logp, jax.nn.log_softmax(logits).max(-1), atol=1e-6)
 
 
 def test_truncation_keeps_ties_and_everything_when_off():
     weights = jnp.asarray([[4.0, 2.0, 2.0, 1.0]])
-    np.testing.assert_array_equal(truncate(weights, Sampling(top_k=2)), [[4.0, 2.0, 2.0, 0.0]])
-    np.testing.assert_array_equal(truncate(weights, Sampling(top_p=0.5)), [[4.0, 2.0, 2.0, 0.0]])
-    np.testing.assert_array_equal(truncate(weights, Sampling(top_p=0.4)), [[4.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_array_equal(truncate(weights, Sampling(top_k=9, top_p=1.0)), weights)
+    np.testing.assert_array_equal(truncate(weights, 2, None, None), [[4.0, 2.0, 2.0, 0.0]])
+    np.testing.assert_array_equal(truncate(weights, None, 0.5, None), [[4.0, 2.0, 2.0, 0.0]])
+    np.testing.assert_array_equal(truncate(weights, None, 0.4, None), [[4.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(truncate(weights, 9, 1.0, None), weights)
 
 
 def test_uniforms_are_addressed_and_stay_below_one():
