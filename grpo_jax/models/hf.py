@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from grpo_jax.models.checkpoint_files import (
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.model import Model
 from grpo_jax.models.spec import DTYPES, ModelSpec, read_stop_ids
+from grpo_jax.models.tensors import Entry, Tensor, list_tensors, tensor_entries
 from grpo_jax.types import Params
 
 GENERATION = "generation_config.json"
@@ -60,75 +61,6 @@ SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
 """Tensor files of an older checkpoint, and what a crash left of one."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A Hugging Face tensor, or rows of one, and where they lie in a parameter.
-
-    Attributes:
-        name: of the tensor.
-        shape: of these rows.
-        index: into the parameter: (), or a layer's place in its stack, or that and an expert's number.
-        part: their place among the entries of this name, which lie one below the other.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    index: tuple[int, ...]
-    part: int
-
-
-def tensor_entries(model: Model) -> Params:
-    """For each parameter the list of its entries: one, or one for each layer of its stack, or for each expert too."""
-    family, weights = FAMILIES[model.spec.family], model.layout.weights
-    numbers: dict[str, list[int]] = {}
-    for number, (name, _) in enumerate(transformer.layer_places(model.spec.runs)):
-        numbers.setdefault(name, []).append(number)
-
-    def outer(path: Any, weight: Any) -> list[Entry]:
-        tensor = family.outer[_dotted(path)]
-        return [Entry(tensor.name, _joined(weight.shape, tensor.joins), (), tensor.part)]
-
-    def stacked(layers: list[int], path: Any, weight: Any) -> list[Entry]:
-        tensor = family.layer[_dotted(path)]
-        experts = range(weight.shape[1]) if "{e}" in tensor.name else [None]
-        shape = _joined(weight.shape[1 if experts == [None] else 2 :], tensor.joins)
-        return [
-            Entry(tensor.name.format(i=layer, e=e), shape, (place,) if e is None else (place, e), tensor.part)
-            for place, layer in enumerate(layers)
-            for e in experts
-        ]
-
-    stacks = {
-        name: jax.tree_util.tree_map_with_path(partial(stacked, numbers[name]), tree)
-        for name, tree in weights["layers"].items()
-    }
-    return {"outer": jax.tree_util.tree_map_with_path(outer, weights["outer"]), "layers": stacks}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A Hugging Face tensor and its parts: for each the number of the parameter among the leaves, and the entry."""
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[tuple[int, Entry], ...]
-
-
-def list_tensors(model: Model) -> list[Tensor]:
-    """Every tensor of the model's checkpoint, in the order of its parameters."""
-    parts: dict[str, list[tuple[int, Entry]]] = {}
-    is_list = lambda node: isinstance(node, list)  # noqa: E731
-    for leaf, entries in enumerate(jax.tree.leaves(tensor_entries(model), is_leaf=is_list)):
-        for entry in entries:
-            parts.setdefault(entry.name, []).append((leaf, entry))
-    tensors = []
-    for name, found in parts.items():
-        found.sort(key=lambda pair: pair[1].part)
-        shape = found[0][1].shape
-        tensors.append(Tensor(name, (sum(e.shape[0] for _, e in found), *shape[1:]), tuple(found)))
-    return tensors
 
 
 def load_model(
@@ -355,7 +287,9 @@ def _write_small(target: Path, origin: Path | None, config: str) -> list[str]:
 
 def _put_in_place(target: Path, files: list[str]) -> None:
     """Gives every partial file its name, config.json's last: without it a directory is no checkpoint."""
+    mode = (target / (CONFIG + PARTIAL)).stat().st_mode
     for name in files:
+        os.chmod(target / (name + PARTIAL), mode)  # safetensors makes its files for the owner alone
         with open(target / (name + PARTIAL), "rb") as file:
             os.fsync(file.fileno())
     (target / CONFIG).unlink(missing_ok=True)
@@ -384,16 +318,6 @@ def _source_dtypes(origin: Path) -> dict[str, str]:
 
 def _shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _joined(shape: tuple[int, ...], joins: tuple[int, ...]) -> tuple[int, ...]:
-    """The tensor's shape: (2, 1) of (H, d, D) is (H * d, D)."""
-    ends = [sum(joins[: i + 1]) for i in range(len(joins))]
-    return tuple(math.prod(shape[end - count : end]) for end, count in zip(ends, joins, strict=True))
-
-
-def _dotted(path: Any) -> str:
-    return ".".join(key.key for key in path)
 
 
 def _some(names: list[str]) -> str:

@@ -9,6 +9,9 @@ from grpo_jax.models.rotary_spec import RotarySpec
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+MOST = 1_000
+"""Layers of a model, and experts of a layer."""
+
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 """Of the MLP, by Hugging Face's names."""
 
@@ -119,6 +122,7 @@ class ModelSpec:
                 f"use a checkpoint of one of: {', '.join(sorted(FAMILIES))}"
             )
         _refuse(given, family)
+        _bounded(given)
         config = {**{name: legal[0] for name, legal in family.only.items()}, **family.defaults, **given}
         layers = _layers(config, family)
         divisor = 1.0 if family.logit_divisor is None else read_number(config, family.logit_divisor, 1.0)
@@ -197,6 +201,13 @@ def _refuse(config: Config, family: Family) -> None:
     quantised = config.get("quantization_config")
     if quantised:
         raise config_error("quantization_config", quantised, unsupported, "use the checkpoint before quantisation")
+
+
+def _bounded(config: Config) -> None:
+    """What is counted one by one: an absurd number must not fill the memory before any tensor is missed."""
+    for name in ("num_hidden_layers", "num_experts", "num_local_experts"):
+        if name in config and read_size(config, name) > MOST:
+            raise config_error(name, config[name], f"at most {MOST} are supported", "check that the config is whole")
 
 
 def _layers(config: Config, family: Family) -> tuple[LayerSpec, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grpo_jax.models import Model, ModelSpec
-from grpo_jax.models.hf import list_tensors
+from grpo_jax.models.tensors import list_tensors
 
 HIDDEN, PREFILL, DECODE = (jax.jit(f, static_argnums=0) for f in (Model.hidden, Model.prefill, Model.decode))
 """Jitted with the model static, so that tests of equal shapes share a compile."""

@@ -54,6 +54,14 @@ def test_load_save_load_is_the_identity(dtype, shard_bytes, tied, tmp_path):
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
+def test_files_have_the_permissions_of_any_file(tmp_path):
+    source = _write(tmp_path / "in")
+    save_hf(*load_model(source), tmp_path / "out", source=source, shard_bytes=6_000)
+    (tmp_path / "any").write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
+
+
 def test_shards_keep_to_their_size_and_are_all_listed(tmp_path):
     source = _write(tmp_path / "in")
     save_hf(*load_model(source), tmp_path / "out", source=source, shard_bytes=9_000)
@@ -282,7 +290,7 @@ def test_configs_that_are_no_json_object(text, tmp_path):
 
 
 def test_an_unsupported_config_names_the_directory_and_the_field(tmp_path):
-    source = write_checkpoint(tmp_path / "in", config(hidden_act="gelu"), _tensors())
+    source = write_checkpoint(tmp_path / "in", config(hidden_act="tanh"), _tensors())
     with pytest.raises(ValueError, match="hidden_act") as caught:
         load_model(source)
     assert str(source) in str(caught.value)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import LLAMA3, config
+from model_cases import LLAMA3, config, random_model, random_tokens
 
-from grpo_jax.models import ModelSpec
+from grpo_jax.models import Model, ModelSpec
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.rotary_spec import RotarySpec
 from grpo_jax.models.spec import cut_runs
@@ -111,6 +111,37 @@ REFUSED = {
     "bias": ("llama", {"attention_bias": "yes"}, ["attention_bias", "'yes'"]),
     "eps": ("llama", {"rms_norm_eps": 0}, ["rms_norm_eps", "0"]),
     "dtype": ("llama", {"dtype": "float8"}, ["dtype", "'float8'"]),
+    "absurd depth": ("llama", {"num_hidden_layers": 10**12}, ["num_hidden_layers", "1000000000000"]),
+    "absurd experts": ("mixtral", {"num_local_experts": 10**12}, ["num_local_experts", "1000000000000"]),
+    "more experts a token than there are": (
+        "mixtral",
+        {"num_local_experts": 2, "num_experts_per_tok": 3},
+        ["num_experts_per_tok", "3", "2 experts"],
+    ),
+    "two numbers of experts": (
+        "mixtral",
+        {"num_local_experts": 2, "num_experts": 3},
+        ["num_local_experts", "num_experts"],
+    ),
+    "attention to what follows": ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    "one rotary for gemma3": ("gemma3_text", {}, ["rope_parameters", "sliding_attention"]),
+    "longrope without its factors": (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0]}},
+        ["rope_scaling.long_factor", "None"],
+    ),
+    "longrope of another width": (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 4}},
+        ["rope_scaling.short_factor", "4 numbers"],
+    ),
+    "rotary kind of phi3": (
+        "phi3",
+        {"rope_scaling": {"type": "llama3"}},
+        ["rope_scaling.rope_type", "default, longrope"],
+    ),
+    "rotary of some layers": ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers", "3 layers"]),
+    "cap": ("gemma2", {"attn_logit_softcapping": -1.0}, ["attn_logit_softcapping", "-1.0"]),
     "stop ids": ("llama", {"eos_token_id": "</s>"}, ["eos_token_id", "'</s>'"]),
 }
 
@@ -139,6 +170,32 @@ def test_windows_are_read_by_layer():
     assert ModelSpec.from_hf(config(use_sliding_window=True, max_window_layers=0)).layers[0].window == 4096
 
 
+def test_older_spellings_of_other_families():
+    phi = config("phi3", rope_parameters=None, original_max_position_embeddings=16)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for name in ("su", "yarn", "longrope"):  # what Phi-3's first checkpoints called it
+        rotary = ModelSpec.from_hf(phi | {"rope_scaling": {"type": name, **factors}}).layers[0].rotary
+        assert rotary.kind == "longrope" and rotary.original_len == 16 and rotary.long_factors == (2.0,) * 4
+    old = {"rope_theta": 7e5, "rope_local_base_freq": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    gemma = ModelSpec.from_hf(config("gemma3_text", rope_parameters=None, sliding_window_pattern=3, **old))
+    assert [layer.window for layer in gemma.layers] == [4096, 4096, None]
+    assert gemma.layers[0].rotary == RotarySpec("default", 50.0)
+    assert gemma.layers[2].rotary == RotarySpec("linear", 7e5, 8.0)
+
+
+def test_a_text_too_long_for_its_frequencies_is_refused():
+    rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 3.0}
+    fields = {"model_type": "llama", "max_position_embeddings": 8, "rope_parameters": rope}
+    model, params = random_model(**fields, num_hidden_layers=1)
+    model.logits(params, random_tokens((1, 8)))
+    with pytest.raises(ValueError, match="up to 9 tokens; the dynamic rotary has other frequencies beyond 8"):
+        model.logits(params, random_tokens((1, 9)))
+    told = Model(replace(model.spec, longest=12))
+    assert told.logits(params, random_tokens((1, 12))).shape == (1, 12, 61)
+    with pytest.raises(ValueError, match="beyond 12"):
+        told.logits(params, random_tokens((1, 13)))
+
+
 def test_specs_are_values():
     one, same, other = (
         ModelSpec.from_hf(config(**f)) for f in ({}, {"eos_token_id": 5, "extra": 1}, {"vocab_size": 62})
@@ -150,9 +207,9 @@ def test_specs_are_values():
 
 def test_every_family_names_each_tensor_once():
     for family in FAMILIES.values():
-        names = [tensor.name for tensor in (*family.layer.values(), *family.outer.values())]
+        names = [(key.name, key.part) for key in (*family.layer.values(), *family.outer.values())]
         assert len(set(names)) == len(names)
-        assert all("{i}" in tensor.name for tensor in family.layer.values())
+        assert all("{i}" in key.name for key in family.layer.values())
 
 
 @given(st.lists(st.sampled_from("ab"), min_size=1, max_size=14))
