@@ -13,6 +13,9 @@ Row = Mapping[str, Any]
 Text = str | Sequence[Row]
 """A prompt: a string, or chat messages."""
 
+QUIET = {"verbose": False}
+"""No warning of the tokenizer's own length limit: data.max_prompt_len and the model's positions are what is checked."""
+
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
@@ -96,7 +99,7 @@ class PromptFormat:
             ValueError: an empty prompt, something that is neither kind, or messages without a usable chat template.
         """
         if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"] if prompt else []
+            ids = tokenizer(prompt, **QUIET)["input_ids"] if prompt else []
         else:
             ids = self._encode_messages(tokenizer, prompt)
         if not len(ids):
@@ -121,7 +124,11 @@ class PromptFormat:
             )
         from jinja2 import TemplateError
 
-        options = {"add_generation_prompt": True} | self._template_options(tokenizer) | {"tokenize": True}
+        options = (
+            {"add_generation_prompt": True}
+            | self._template_options(tokenizer)
+            | {"tokenize": True, "tokenizer_kwargs": QUIET}
+        )
         try:
             encoded = tokenizer.apply_chat_template(list(messages), chat_template=self.chat_template, **options)
         except TemplateError as error:
@@ -184,7 +191,8 @@ def load_tokenizer(directory: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up from config.json alone, without a word
+        words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+        if len(words) < 2:  # made up without a vocabulary's file, of the class's own end of text at most
             raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:
         files = sorted(file.name for file in place.iterdir())[:20]

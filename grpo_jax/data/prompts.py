@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from grpo_jax.config import DataConfig, TrainConfig
+from grpo_jax.config import TrainConfig
 from grpo_jax.data.chat import PromptFormat
 from grpo_jax.data.sources import Kind, Row, check_rows, load_dataset
 from grpo_jax.types import Prompt
@@ -235,9 +235,9 @@ def training_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) ->
         ValueError: as `load_dataset`, `PromptFormat` and `PromptSet`.
     """
     source = config.data.train if source is None else source
-    form = PromptFormat.from_config(config.data)
     weights = dict(source) if _is_mixture(source) else None
-    sets = [_load(part, "train", config.data, tokenizer, form) for part in (weights or [source])]
+    named = {f"data.train {name!r}": name for name in weights} if weights else {"data.train": source}
+    sets = [_load(config, tokenizer, "train", name, part) for name, part in named.items()]
     return PromptStream(
         sets,
         None if weights is None else list(weights.values()),
@@ -262,31 +262,30 @@ def held_out_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) ->
     source = config.data.eval if source is None else source
     if source is None:
         return {}
-    form = PromptFormat.from_config(config.data)
-    named = source if isinstance(source, Mapping) else {"eval": source}
-    most = config.eval.prompts
-    return {name: _load(part, "eval", config.data, tokenizer, form, most) for name, part in named.items()}
+    if isinstance(source, Mapping):
+        return {name: _load(config, tokenizer, "eval", f"data.eval.{name}", part) for name, part in source.items()}
+    return {"eval": _load(config, tokenizer, "eval", "data.eval", source)}
 
 
-def _load(
-    source: Any, kind: Kind, config: DataConfig, tokenizer: Any, form: PromptFormat, most: int | None = None
-) -> PromptSet:
-    column = config.prompt_column if form.template is None else None
+def _load(config: TrainConfig, tokenizer: Any, kind: Kind, name: str, source: Any) -> PromptSet:
+    """One dataset; ``name`` is what errors call it."""
+    data, form = config.data, PromptFormat.from_config(config.data)
+    column = data.prompt_column if form.template is None else None
     try:
-        rows = load_dataset(source, prompt_column=column, rename_columns=config.rename_columns, kind=kind)[:most]
+        rows = load_dataset(source, prompt_column=column, rename_columns=data.rename_columns, kind=kind)
         return PromptSet(
-            rows,
+            rows[: config.eval.prompts] if kind == "eval" else rows,
             tokenizer,
-            config.max_prompt_len,
-            config.prompt_column,
+            data.max_prompt_len,
+            data.prompt_column,
             form=form,
-            long_prompts=config.long_prompts,
-            name=source if isinstance(source, str) else f"data.{kind}",
+            long_prompts=data.long_prompts,
+            name=source if isinstance(source, str) else name,
         )
     except ValueError as error:
         if str(error).startswith("data."):
             raise
-        raise ValueError(f"data.{kind}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _is_mixture(source: Any) -> bool:

@@ -224,6 +224,21 @@ def test_a_run_gets_its_prompts_from_the_config_or_from_what_it_is_handed(tmp_pa
     assert [prompt.text for prompt in given["mine"].prompts] == ["abc"]
 
 
+def test_errors_name_the_dataset(tmp_path):
+    good, bad = ({"prompt": "a"}, {"prompt": ""})
+    file = write(tmp_path / "bad.jsonl", [good, bad])
+    for read, source, says in [
+        (training_prompts, [good, bad], "data.train: row 1: prompt '': has no tokens"),
+        (training_prompts, {file: 1.0}, f"data.train '{file}': row 1: prompt"),
+        (held_out_prompts, [bad], "data.eval: row 0: prompt"),
+        (held_out_prompts, {"hard": [bad]}, "data.eval.hard: row 0: prompt"),
+        (held_out_prompts, {"hard": [{"text": "a"}]}, "data.eval.hard: row 0: no column 'prompt'"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            read(config(), TOKENIZER, source)
+        assert str(caught.value).startswith(says)
+
+
 def test_evaluation_takes_the_first_rows():
     rows = [{"prompt": "a" * n} for n in (1, 2, 3)]
     few = TrainConfig.from_tables({"eval": {"prompts": 2}})
