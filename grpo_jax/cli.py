@@ -1,5 +1,6 @@
 """The command line: a TOML file, `--dotted.field value` over it, one line for each error a user can cause."""
 
+import logging
 import os
 import sys
 import traceback
@@ -45,21 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
         asked = read_command(command[1:], TrainConfig)
         if asked.help:
             return _help(asked)
-        _train(*_resolve(asked))
+        _train(*_resolve(asked), asked.debug)
     except Interrupted as stopped:
         _say(f"{stopped.summary}; to go on:\n  {command_to_go_on(command, stopped.directory)}")
         return stopped.status
-    except KeyboardInterrupt:
-        _say(
-            "interrupted at once; the same command with --output_dir goes on from the last checkpoint, if there is one"
-        )
+    except KeyboardInterrupt as stopped:
+        _say("\n".join(["interrupted at once", *_notes(stopped)]))
         return 130
     except Exception as error:
         if "--debug" in command:
             traceback.print_exc()
-        for line in _lines(error):
-            _say(f"error: {line}")
-        return 2 if isinstance(error, ValueError) else 1
+        _say("\n".join([f"error: {line}" for line in _lines(error)] + _notes(error)))
+        return 2 if isinstance(error, ValueError) and no_space(error) is None else 1
     return 0
 
 
@@ -75,13 +73,16 @@ def _help(asked: Command) -> int:
     return 0
 
 
-def _train(config: TrainConfig, name: str) -> None:
+def _train(config: TrainConfig, name: str, debug: bool) -> None:
     if config.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     from grpo_jax.callbacks import Callback, Run
     from grpo_jax.preflight import require_devices
     from grpo_jax.trainer import Trainer
+
+    if not debug:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # a checkpoint's writer logs the traceback of its error
 
     class Place(Callback):
         directory: Path | None = None
@@ -97,6 +98,8 @@ def _train(config: TrainConfig, name: str) -> None:
     except BaseException as error:
         if place.directory is not None and (safe := what_is_safe(place.directory)):
             error.add_note(f"{safe}; --output_dir {place.directory} goes on there")
+        if isinstance(error, OSError) and error.filename is None and place.directory is not None:
+            error.filename = str(place.directory)  # a write that fails does not say to which file
         raise
 
 

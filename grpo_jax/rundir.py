@@ -139,8 +139,9 @@ def _os_error_code(error: BaseException) -> int | None:
 
 
 def _quoted_path(error: BaseException) -> str | None:
+    """The checkpoint that was being written, by the name it would have had."""
     found = re.findall(r'"(/[^"]+)"', str(error))
-    return found[-1] if found else None
+    return found[-1].partition(".orbax-checkpoint-tmp")[0] if found else None
 
 
 def _fresh(name: str) -> Path:
