@@ -108,7 +108,7 @@ def test_a_group_is_shown_side_by_side_with_all_of_its_figures(opened, tmp_path)
     shown = browser.run("document.querySelector('.group').textContent")
     assert "Step 3, prompt 1" in shown and row["prompt"] in shown
     first = browser.run("document.querySelector('.sample').textContent")
-    for part in (f"{row['reward']:.4g}", f"{row['advantage']:.4g}", f"{row['length']} tokens", "parsed: w0"):
+    for part in (f"{row['reward']:.4g}", f"{row['advantage']:.3g}", f"{row['length']} tokens", "parsed: w0"):
         assert part in first
     assert f"right {row['rewards']['right']:.0f}" in first
     assert "".join(row["tokens"]) in first

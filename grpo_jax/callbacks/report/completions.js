@@ -199,14 +199,14 @@ function showPrompt(n) {
   select();
 }
 
-const format = (value) => (Number.isNaN(value) ? "no answer" : Number(value.toPrecision(4)).toString());
+const format = (value, digits = 4) => (Number.isNaN(value) ? "no answer" : Number(value.toPrecision(digits)).toString());
 
 function sample(n, { text, logp, extra }) {
   const advantage = columns.advantage[n];
   const top = element("div", { className: "top" },
     element("span", { className: "reward", textContent: format(columns.reward[n]), title: "reward" }),
     element("span", { className: advantage > 0 ? "plus" : advantage < 0 ? "minus" : "quiet", title: "advantage",
-      textContent: `${advantage > 0 ? "+" : ""}${format(advantage)}` }),
+      textContent: `${advantage > 0 ? "+" : ""}${format(advantage, 3)}` }),
     element("span", { className: "quiet", textContent: `${columns.length[n]} tokens` }));
   if (columns.cut[n]) top.append(element("span", { className: "cut", textContent: "cut" }));
   const chips = element("div", { className: "chips" });

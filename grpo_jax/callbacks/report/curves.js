@@ -65,7 +65,7 @@ function traces(chart, weight) {
 function range(chart) {
   const values = chart.traces.flatMap((trace) => trace.y);
   const low = Math.min(...values), high = Math.max(...values);
-  if (low === high && low > 0 && !chart.log) return [0, 2 * low];
+  if (low === high && low >= 0 && !chart.log) return [0, 2 * low || 1];
   if (!chart.stacked) return null;
   const totals = new Map();
   for (const { x, y } of chart.traces) x.forEach((step, i) => totals.set(step, (totals.get(step) ?? 0) + y[i]));

@@ -37,7 +37,7 @@ PANELS = (
     ),
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
     Panel("Sampler and learner", "difference of log-probs, nat", ("sampler_logp_difference/*",), ".0e", log=True),
-    Panel("Seconds by phase", "of a step; the first, which compiles, may leave the axis", ("seconds/*",), stacked=True),
+    Panel("Seconds by phase", "a step; the first may leave the axis", ("seconds/*",), stacked=True),
     Panel("Speed", "tokens a second", ("tokens_per_second",)),
     Panel("Learning rate", "", ("learning_rate",), ".1e"),
     Panel("Loss", "", ("loss", "policy_loss")),
