@@ -1,12 +1,16 @@
 """What learns in a run: the parameters, their reference, and all that is done with a batch."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax import algo
+from grpo_jax.algo import statistics
 from grpo_jax.batching import Layout, minibatches, pack
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected
@@ -14,6 +18,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.credit import Creditor
 from grpo_jax.critic import Critic, critic_decay_mask
 from grpo_jax.dials import Controllers
+from grpo_jax.functions import load_function
 from grpo_jax.mesh import batch_sharding
 from grpo_jax.metrics import Phases, means
 from grpo_jax.models import Model
@@ -83,6 +88,37 @@ def make_critic(config: TrainConfig, model: Model) -> Critic | None:
     )
 
 
+def check_functions(config: TrainConfig) -> None:
+    """Trace the user's own advantage and surrogate on shapes alone, so that what is wrong shows before any compile.
+
+    Raises:
+        ValueError: by the dotted field, one that cannot be traced or whose result has another shape.
+    """
+    real: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    groups, rows = (config.rollout.prompts_per_step, config.rollout.num_samples), (2, config.rollout.max_new_tokens)
+    if ":" in config.algorithm.advantage:
+        own = load_function(config.algorithm.advantage)
+        mask = jax.ShapeDtypeStruct(groups, jnp.bool_)
+        _check("algorithm.advantage", own, groups, real(groups), mask, algo.Options(lengths=real(groups)))
+    if not isinstance(config.loss.surrogate, str):
+        mask = jax.ShapeDtypeStruct(rows, jnp.bool_)
+        tokens = jax.eval_shape(statistics.prepare, real(rows), real(rows), real(rows), mask)
+        surrogate = partial(config.loss.surrogate, config=config.loss)
+        _check("algorithm.loss.surrogate", surrogate, rows, algo.Inputs(tokens, real(rows)))
+
+
+def _check(field: str, function: Callable[..., Any], shape: tuple[int, ...], *arguments: Any) -> None:
+    try:
+        out = jax.eval_shape(function, *arguments)
+    except Exception as error:
+        raise ValueError(
+            f"{field}: cannot be traced by jax: {type(error).__name__}: {str(error).splitlines()[0]} Use jax.numpy, "
+            "and jnp.where instead of if."
+        ) from error
+    if getattr(out, "shape", None) != shape:
+        raise ValueError(f"{field}: gives {out}, and must give one array of shape {shape}. Mend the function.")
+
+
 class Learning:
     """The learner of a run and its state.
 
@@ -100,6 +136,7 @@ class Learning:
     def __init__(self, config: TrainConfig, model: Model, params: Params, layout: Layout, phases: Phases):
         """Start from ``params``; nothing is compiled yet."""
         self.config, self.model, self.layout, self._phases = config, model, layout, phases
+        check_functions(config)
         self.critic = make_critic(config, model)
         self.learner = make_learner(config, model, layout, self.critic)
         self.creditor = None

@@ -71,6 +71,7 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
         "optimizer": 2 * parameters,
         "gradient": int(parameters * wide),
         "reference": parameters if config.loss.kl_coef else 0,
+        "critic": 3 * parameters if config.algorithm.has_critic and not config.critic.shared_trunk else 0,
         "decode view": int(parameters * narrow * model.compute.mesh.shape["fsdp"]),
         "KV cache": (rows * config.rollout.max_new_tokens + prompts) * token // shards,
         "batch": layout.row_counts[-1] * layout.row_len * 4 * 8 // shards,

@@ -1,5 +1,6 @@
 """A rollout made without a model, its rewards, and the `Learning` of a config: steps without engine or tokenizer."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.learning import Learning, layout_of
 from grpo_jax.mesh import make_mesh
 from grpo_jax.metrics import Phases
+from grpo_jax.models import Model
 from grpo_jax.scoring import Answers, Scorer
 from grpo_jax.testing import tiny_model
 from grpo_jax.types import Prompt, Rollout
@@ -45,10 +47,17 @@ def config_for(preset: str = "grpo", **tables: Any) -> TrainConfig:
     return TrainConfig.from_tables(base)
 
 
-def learning_for(config: TrainConfig, devices: int = 1) -> Learning:
-    """On ``devices`` devices, parameters over half of them."""
+@functools.cache
+def small_model(devices: int) -> tuple[Model, Any]:
+    """A model of one layer on ``devices`` devices, parameters over half of them."""
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1]) if devices == 1 else make_mesh(2, devices // 2, 1)
-    model, params = tiny_model(mesh, **SMALL)
+    return tiny_model(mesh, **SMALL)
+
+
+def learning_for(config: TrainConfig, devices: int = 1) -> Learning:
+    """From the same parameters on any number of devices."""
+    model, params = small_model(devices)
+    params = copied(params)
     return Learning(config, model, params, layout_of(config, model, PROMPT_LEN), Phases())
 
 

@@ -1,5 +1,6 @@
 """Configs and the command line: what is read back, refused by name, and shown by --help."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax import config_fields
 from grpo_jax.algo.spec import PRESETS, LossConfig
 from grpo_jax.cli import parse
 from grpo_jax.config import Section, TrainConfig
@@ -75,6 +77,33 @@ def test_command_line_over_file_over_preset(tmp_path):
         ({"batch": {"row_len": 64}}, "batch.row_len"),
         ({"algorithm": {"loss": {"surrogate": "reinforce"}}, "optim": {"epochs": 2}}, "algorithm.loss"),
         ({"algorithm": {"loss": {"dual_clip": 0.5}}}, "algorithm.loss"),
+        ({"algorithm": {"preset": "ppo", "loss": {"ratio_level": "sequence"}}}, "algorithm.loss"),
+        ({"algorithm": {"preset": "ppo", "loss": {"surrogate": "gmpo"}}}, "algorithm.loss"),
+        ({"critic": {"learning_rate": 1e-4}}, "critic"),
+        ({"algorithm": {"preset": "ppo"}, "critic": {"value_coef": 0.5}}, "critic.value_coef"),
+        ({"algorithm": {"advantage": "pass_at_k"}}, "algorithm.pass_k"),
+        ({"algorithm": {"pass_k": 2}}, "algorithm.pass_k"),
+        ({"algorithm": {"advantage": "pass_at_k", "pass_k": 9}}, "algorithm.pass_k"),
+        ({"algorithm": {"weight": "tokens"}}, "algorithm.weight"),
+        ({"algorithm": {"whiten": True}}, "algorithm.whiten"),
+        ({"algorithm": {"lam": 0.5}}, "algorithm.gamma"),
+        ({"algorithm": {"advantage": "grop"}}, "algorithm.advantage"),
+        ({"algorithm": {"loss": {"surrogate": "ppo"}}}, "algorithm.loss.surrogate"),
+        ({"algorithm": {"loss": {"kl_in_reward": True, "kl_coef": 0.0}}}, "algorithm.loss.kl_in_reward"),
+        (
+            {"algorithm": {"preset": "gdpo", "loss": {"kl_in_reward": True, "kl_coef": 0.1}}},
+            "algorithm.loss.kl_in_reward",
+        ),
+        ({"algorithm": {"preset": "gdpo", "soft_overlong": True}}, "algorithm.soft_overlong"),
+        ({"algorithm": {"preset": "gdpo", "reward_clip": 1.0}}, "algorithm.reward_clip"),
+        ({"algorithm": {"overlong_buffer_len": 8}}, "algorithm.overlong_buffer_len"),
+        ({"algorithm": {"preset": "dapo", "adaptive_kl": {"target": 1.0}}}, "algorithm.adaptive_kl.target"),
+        ({"algorithm": {"adaptive_entropy": {"target": 1.0, "low": 0.1}}}, "algorithm.adaptive_entropy"),
+        ({"algorithm": {"preset": "dapo", "reference_follow": {"every": 8}}}, "algorithm.reference_follow.every"),
+        (
+            {"algorithm": {"preset": "reinforce_pp", "dynamic_sampling": True}, "rollout": {"num_samples": 1}},
+            "algorithm.dynamic_sampling",
+        ),
     ],
 )
 def test_refusals_name_the_field(tables, path):
@@ -115,3 +144,29 @@ def test_every_config_in_the_repository_loads():
     assert files
     for file in files:
         assert TrainConfig.from_toml(file).steps > 0
+
+
+def test_every_field_is_read_by_someone():
+    """A field nobody reads is a promise nobody keeps: code outside the configuration asks for each name and table."""
+    files = [path for path in (ROOT / "grpo_jax").rglob("*.py") if not path.name.startswith("config")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names = {name for path, _ in config_fields.leaves(TrainConfig) for name in path.split(".")}
+    assert {"critic", "value_clip", "adaptive_kl", "horizon", "kl_cov_share"} <= names
+    assert names - read == {"preset"}, "the preset has done its work when the config is built; the rest must be read"
+
+
+def test_bfloat16_corrects_for_the_sampler_unless_told_otherwise():
+    def correction(dtype, **loss):
+        return TrainConfig.from_tables({"model": {"dtype": dtype}, "algorithm": {"loss": loss}}).loss.correction
+
+    assert correction("bfloat16") == correction("bfloat16", clip_high=0.3) == "tis"
+    assert correction("bfloat16", correction=None) is None and correction("bfloat16", correction="icepop") == "icepop"
+    assert correction("float32") is None
+    config = TrainConfig.from_tables({"model": {"dtype": "bfloat16"}, "algorithm": {"loss": {"correction": None}}})
+    assert TrainConfig.from_tables(config.model_dump()) == config
+
+
+@pytest.mark.parametrize("preset", ["ppo", "reinforce", "reinforce_baseline", "reinforce_pp", "remax"])
+def test_one_sample_a_prompt_is_enough_where_samples_are_not_compared(preset):
+    assert TrainConfig.from_tables({"algorithm": {"preset": preset}, "rollout": {"num_samples": 1}}).steps
