@@ -15,8 +15,8 @@ class CheckpointStore:
     A checkpoint appears under its name only when it is complete, so a kill at any moment leaves the one before.
     """
 
-    def __init__(self, run_dir: Path, keep: int):
-        """Open (and create, where missing) the store; ``keep`` checkpoints are kept."""
+    def __init__(self, run_dir: Path, keep: int | None):
+        """Open (and create, where missing) the store; ``keep`` checkpoints are kept, all if None."""
         self._reference = (run_dir / "reference").resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
@@ -45,6 +45,19 @@ class CheckpointStore:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = jax.tree.leaves(restored["state"])
         return jax.tree.unflatten(jax.tree.structure(target), leaves), restored["record"]
+
+    def restore_params(self, step: int, target: Params) -> Params:
+        """Read the policy alone, into the shapes, dtypes and shardings of ``target``; its leaves may be abstract."""
+        nothing: Any = None
+        abstract = _plain(TrainState(target, nothing, nothing))  # under the names that the whole state has
+        arguments = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), abstract)
+        item = ocp.args.PyTreeRestore(abstract, arguments, partial_restore=True)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=item))
+        return jax.tree.unflatten(jax.tree.structure(target), jax.tree.leaves(restored["state"]))
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def save_reference(self, params: Params) -> None:
         """Keep the parameters the run started from, unless they are there already."""

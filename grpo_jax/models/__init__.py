@@ -1,6 +1,6 @@
 """Models: the only folder that imports Flax. Everyone else holds a static ``Model`` and an opaque ``Params`` pytree."""
 
-from grpo_jax.models.hf import load_model, save_hf
+from grpo_jax.models.hf import load_model, read_model, save_hf
 from grpo_jax.models.model import Cache, Model, PromptCache, View
 from grpo_jax.models.moe import balance_loss, router_metrics
 from grpo_jax.models.spec import ModelSpec
@@ -15,6 +15,7 @@ __all__ = [
     "View",
     "balance_loss",
     "load_model",
+    "read_model",
     "router_metrics",
     "save_hf",
 ]

@@ -87,9 +87,8 @@ def load_model(
     Raises:
         ValueError: not a checkpoint, an unsupported one, a damaged file, a missing, unexpected or misshapen tensor.
     """
-    path = checkpoint_directory(directory)
-    model = Model(_read_spec(path, longest), dtype, param_dtype or "float32", precision, mesh, remat)
-    with open_tensors(path) as tensors:
+    model = read_model(directory, dtype, mesh, param_dtype, precision, remat, longest)
+    with open_tensors(Path(directory)) as tensors:
         listed = list_tensors(model)
         _check(model, listed, tensors)
         starts = {
@@ -102,6 +101,20 @@ def load_model(
         read = partial(_read, tensors, starts)
         params = jax.tree.map(read, tensor_entries(model), model.abstract_params, is_leaf=is_list)
     return model, params
+
+
+def read_model(
+    directory: str | Path,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    param_dtype: str | None = None,
+    precision: str | None = None,
+    remat: str = "none",
+    longest: int = 0,
+) -> Model:
+    """The model of a Hugging Face directory, without its parameters; see ``load_model``."""
+    path = checkpoint_directory(directory)
+    return Model(_read_spec(path, longest), dtype, param_dtype or "float32", precision, mesh, remat)
 
 
 def save_hf(

@@ -1,0 +1,56 @@
+"""Write a checkpoint of a run as a Hugging Face directory.
+
+    python scripts/export_hf.py RUN [--step K] [--out DIR] [--dtype bfloat16]
+
+RUN is the run's directory; K a step that it kept, by default the newest. DIR is by default RUN/hf-K. The tensors have
+the dtype of the model that the run started from, or --dtype; config.json, tokenizer, chat template and
+generation_config.json are copied from it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from grpo_jax.checkpoint import CheckpointStore
+from grpo_jax.config import TrainConfig
+from grpo_jax.data import resolve_model
+from grpo_jax.models import read_model, save_hf
+from grpo_jax.rundir import CHECKPOINTS, CONFIG
+
+
+def export(run: Path, step: int | None = None, out: Path | None = None, dtype: str | None = None) -> Path:
+    """Write the checkpoint of ``step`` (default: the newest) to ``out`` (default: run/hf-step); returns where."""
+    if not (run / CONFIG).is_file() or not (run / CHECKPOINTS).is_dir():
+        raise ValueError(f"{run}: got a directory without {CONFIG} and {CHECKPOINTS}; it is no run; check the path")
+    config = TrainConfig.from_toml(run / CONFIG)
+    source = resolve_model(config.model.path, config.model.revision)
+    model = read_model(source, param_dtype=config.model.param_dtype)
+    store = CheckpointStore(run, keep=None)
+    steps = store.steps()
+    if (step is not None and step not in steps) or not steps:
+        listed = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"{run}: got no checkpoint of step {step}; there are: {listed}; give one of them as --step")
+    step = steps[-1] if step is None else step
+    target = run / f"hf-{step}" if out is None else out
+    save_hf(model, store.restore_params(step, model.abstract_params), target, source=source, dtype=dtype)
+    store.close()
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dtype")
+    arguments = parser.parse_args()
+    try:
+        print(export(arguments.run, arguments.step, arguments.out, arguments.dtype))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
