@@ -21,7 +21,8 @@ def test_any_text_is_read_back(tmp_path_factory, texts):
     for n, text in enumerate(texts):
         file.write({"step": n, text: text})
     file.close()
-    assert [row for row in read_json_lines(path)] == [{"step": n, text: text} for n, text in enumerate(texts)]
+    # Two halves of a surrogate pair, one behind the other, are one character to JSON.
+    assert read_json_lines(path) == [json.loads(json.dumps({"step": n, text: text})) for n, text in enumerate(texts)]
 
 
 def test_going_on_keeps_the_lines_below_a_step_whatever_they_hold(tmp_path):

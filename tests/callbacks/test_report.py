@@ -299,3 +299,14 @@ def test_the_command_says_what_is_no_run(tmp_path, capsys, place):
     assert out.err.startswith("error: ") and "Give a run's directory." in out.err and out.err.count("\n") == 1
     assert main([str(write_run(tmp_path / "run", steps=1))]) == 0
     assert capsys.readouterr().out.strip().endswith("report.html")
+
+
+@needs_chromium
+def test_a_page_that_cannot_be_shown_says_so(browser, tmp_path):
+    page = write_report(write_run(tmp_path / "run", steps=1))
+    page.write_text(re.sub(r'(id="index">)[^<]+', r"\1AAAA", page.read_text()))
+    browser.call("Page.navigate", url=page.as_uri())
+    said = browser.wait_for("document.getElementById('failed')?.textContent")
+    assert "cannot be shown" in said and browser.run("!$('failed').hidden")
+    assert len(browser.errors) == 1
+    browser.errors.clear()

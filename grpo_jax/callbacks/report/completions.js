@@ -1,4 +1,3 @@
-
 // The browser of completions. Numbers are columns, read at once; texts come in blocks, opened when they are shown.
 const PAGE = { groups: 8, completions: 24 };
 const LONGEST = 600; // tokens shown before one asks for more

@@ -1,4 +1,3 @@
-
 // The charts, drawn by Plotly when they come into sight.
 const COLOURS = ["#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899", "#84cc16", "#94a3b8"];
 

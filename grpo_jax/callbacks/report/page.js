@@ -58,4 +58,8 @@ async function start() {
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 
-document.addEventListener("DOMContentLoaded", start);
+document.addEventListener("DOMContentLoaded", () => start().catch((error) => {
+  $("failed").textContent = `This page cannot be shown (${error}). It needs a browser of 2023 or later.`;
+  $("failed").hidden = false;
+  throw error;
+}));
