@@ -233,7 +233,7 @@ def main() -> None:
     results: dict[str, list[dict]] = {}
     for seed in range(asked.seeds):
         for rung in RUNGS:
-            options = f"{rung.options} --steps {asked.steps} --eval.every 10 --eval.samples 0 --seed {seed}"
+            options = f"{rung.options} --steps {asked.steps} --eval.every 5 --eval.samples 0 --seed {seed}"
             directory = train(options, asked.output / f"{rung.place}-{seed}", asked.output)
             results.setdefault(rung.name, []).append(read(directory))
             print(f"{rung.name}, seed {seed}: {results[rung.name][-1]['last']:.1%}", flush=True)
