@@ -112,7 +112,8 @@ def _lines(error: Exception) -> list[str]:
         return str(error).splitlines() or ["ValueError without a word; --debug shows where"]
     if isinstance(error, OSError):
         return [f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "grpo_jax" in frame.filename]
+    own = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if own in Path(f.filename).parents]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     said = " ".join(str(error).split())[:300]
     return [

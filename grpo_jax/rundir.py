@@ -44,7 +44,7 @@ def open_run(config: TrainConfig, name: str) -> Path:
         raise ValueError(f"output_dir: {directory} is a file, but a run needs a directory; name another place")
     recorded = directory / CONFIG
     if recorded.exists():
-        different = differences(TrainConfig.from_toml(recorded), config)
+        different = differences(_read_back(recorded), config)
         if different and (directory / METRICS).exists():
             more = f" and {len(different) - MOST_SHOWN} more" if len(different) > MOST_SHOWN else ""
             raise ValueError(
@@ -130,6 +130,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _read_back(recorded: Path) -> TrainConfig:
+    try:
+        return TrainConfig.from_toml(recorded)
+    except ValueError as error:
+        raise ValueError(
+            f"output_dir: {recorded} cannot be read ({str(error).splitlines()[0]}), so nobody knows whether its run "
+            "may go on, and nothing was changed; name another output_dir, or use the version that wrote it"
+        ) from error
 
 
 def _os_error_code(error: BaseException) -> int | None:

@@ -93,6 +93,8 @@ def directory(tmp_path_factory):
     (place / "empty").mkdir()
     (place / "foreign").mkdir()
     (place / "foreign" / "thesis.tex").write_text("years of work")
+    (place / "other").mkdir()
+    (place / "other" / "config.toml").write_text("batch_size = 3\n")
     files = {
         "prompts.jsonl": [{"prompt": f"{a}+1=", "answer": str(a + 1)} for a in range(4)],
         "odd.jsonl": [{"prompt": f"{a}+1=", "answer": "2" if a else "two"} for a in range(4)],
@@ -268,6 +270,12 @@ REQUESTS = {
         "config.toml --output_dir prompts.jsonl",
         "output_dir: prompts.jsonl is a file, but a run needs a directory; name another place",
     ),
+    "a run of another version": (
+        "config.toml --output_dir other",
+        "output_dir: other/config.toml cannot be read (batch_size: there is no such field; --help shows all fields.), "
+        "so nobody knows whether its run may go on, and nothing was changed; name another output_dir, or use the "
+        "version that wrote it",
+    ),
     "a directory that cannot be made": (
         "config.toml --output_dir prompts.jsonl/run",
         "output_dir: prompts.jsonl/run cannot be written to (Not a directory: prompts.jsonl/run); name another place",
@@ -396,6 +404,22 @@ def test_a_platform_of_the_environment_that_is_not_there(directory):
     )
     assert ran.returncode == 2 and ran.stdout == "" and ran.stderr.count("\n") == 1
     assert ran.stderr.startswith("error: JAX_PLATFORMS: got tpu, and jax finds no such device")
+
+
+def test_a_gpu_without_its_plugin(capsys, monkeypatch):
+    """JAX_PLATFORMS=cuda without the plugin is an assertion without a word in jax."""
+
+    def fails():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "default_backend", fails)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert said(capsys, "config.toml") == (
+        2,
+        "error: JAX_PLATFORMS: got cuda, and jax finds no such device; install grpo_jax[cuda] or grpo_jax[tpu] where "
+        "the hardware is there, or unset JAX_PLATFORMS",
+        "",
+    )
 
 
 def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(capsys, directory):
