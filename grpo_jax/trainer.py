@@ -244,10 +244,11 @@ class _Run:
     def after(self, step: int, batch: Collected, figures: dict[str, float], seconds: float) -> bool:
         """Log what the step gave; evaluate and save when it is time; whether the run ends here. Host only."""
         row: dict[str, Any] = {"step": step, **reward_metrics(self.names, batch.scored)}
-        row |= {**rollout_metrics(batch.rollout), **figures, **batch.metrics, **batch.scored.metrics}
+        row |= {**rollout_metrics(batch.rollout), **figures, **batch.metrics}
         row |= {f"seconds/{name}": spent for name, spent in self.phases.take_step().items()}
         row |= {"seconds": seconds, "seconds/elapsed": self.elapsed()}
         row |= {"tokens_per_second": int(batch.rollout.completion_len.sum()) / seconds} | self.compiles.take_step()
+        row |= {f"logged/{name}" if name in row else name: value for name, value in batch.scored.metrics.items()}
         self.metrics.write(row)
         lines = completion_rows(
             step, batch.prompts, batch.rollout, batch.scored, self.names, self.config.log.completions
