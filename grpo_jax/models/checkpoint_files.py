@@ -1,8 +1,7 @@
 """Reading a Hugging Face directory: config.json and safetensors, one file or a sharded index. Nothing is trusted."""
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,34 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
-class TensorFile:
-    """Open tensors of a directory; valid inside ``open_tensors``.
+class Place:
+    """Where a tensor is: its file, its first byte there, its dtype by safetensors' name, and its shape."""
+
+    file: Path
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of a directory, read with plain reads: mapped files would stay in memory beside what is read.
 
     Attributes:
         directory: where they are.
-        handles: tensor name -> the open file that has it.
+        places: tensor name -> its place. The headers are checked: nothing overlaps, and all lies in its file.
     """
 
     directory: Path
-    handles: dict[str, Any]
+    places: dict[str, Place]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header; nothing is read."""
-        return tuple(self.handles[name].get_slice(name).get_shape())
+        return self.places[name].shape
 
     def dtype(self, name: str) -> str:
         """From the header: "float32", "bfloat16" or "float16"."""
-        got = self.handles[name].get_slice(name).get_dtype()
+        got = self.places[name].dtype
         if got not in DTYPES:
             raise ValueError(
                 f"{self.directory}: tensor {name}: got dtype {got}; only {', '.join(DTYPES)} are read; "
@@ -46,12 +55,23 @@ class TensorFile:
         return DTYPES[got]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, copied from the file."""
-        return self.handles[name].get_tensor(name)
+        """The tensor in its own dtype."""
+        value = np.empty(self.shape(name), np.dtype(self.dtype(name)))
+        self.read_into(name, value)
+        return value
 
-    def read_rows(self, name: str, start: int, count: int) -> np.ndarray:
-        """``count`` rows of the tensor from ``start`` on; the others are not read."""
-        return self.handles[name].get_slice(name)[start : start + count]
+    def read_into(self, name: str, slot: np.ndarray, first_row: int = 0) -> None:
+        """Fills ``slot``, contiguous, with the tensor's rows from ``first_row`` on, whatever shape both have."""
+        place, dtype = self.places[name], np.dtype(self.dtype(name))
+        value = slot if slot.dtype == dtype else np.empty(slot.shape, dtype)
+        row = math.prod(place.shape[1:]) * dtype.itemsize
+        with open(place.file, "rb") as file:
+            file.seek(place.start + first_row * row)
+            got = file.readinto(value.reshape(-1).view(np.uint8).data)
+        if got != value.nbytes:
+            raise ValueError(f"{place.file}: got {got} bytes of {name}, not {value.nbytes}; it changed; load again")
+        if value is not slot:
+            slot[...] = value
 
 
 def checkpoint_directory(directory: str | Path) -> Path:
@@ -93,9 +113,8 @@ def has_tensors(directory: Path) -> bool:
     return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
 
 
-@contextmanager
-def open_tensors(directory: Path) -> Iterator[TensorFile]:
-    """Opens every tensor file of a checkpoint; only headers are read.
+def open_tensors(directory: Path) -> TensorFiles:
+    """Finds every tensor of a checkpoint; only headers are read.
 
     Raises:
         ValueError: no file, a damaged one, or an index that does not fit its files or points outside the directory.
@@ -107,29 +126,37 @@ def open_tensors(directory: Path) -> Iterator[TensorFile]:
         )
     single = (directory / SINGLE).is_file()
     listed = {} if single else _read_index(directory / INDEX)
-    handles: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for file in [SINGLE] if single else sorted(set(listed.values())):
-            handle = stack.enter_context(_open(directory / file))
-            for name in handle.keys():  # noqa: SIM118  (not a dict)
-                if name in handles:
-                    raise ValueError(f"{directory / file}: got tensor {name} twice; one file must have it; fetch again")
-                handles[name] = handle
-            for name in (name for name, where in listed.items() if where == file):
-                if handles.get(name) is not handle:
-                    raise ValueError(
-                        f"{directory / INDEX}: got {name} in {file}; that file does not have it; fetch both again"
-                    )
-        yield TensorFile(directory, handles)
+    places: dict[str, Place] = {}
+    for name in [SINGLE] if single else sorted(set(listed.values())):
+        found = _read_header(directory / name)
+        twice = found.keys() & places.keys()
+        if twice:
+            raise ValueError(f"{directory / name}: got tensor {min(twice)} twice; one file must have it; fetch again")
+        places |= found
+    for tensor, file in listed.items():
+        if tensor not in places or places[tensor].file.name != file:
+            raise ValueError(
+                f"{directory / INDEX}: got {tensor} in {file}; that file does not have it; fetch both again"
+            )
+    return TensorFiles(directory, places)
 
 
-def _open(path: Path) -> Any:
+def _read_header(path: Path) -> dict[str, Place]:
     try:
-        return safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy"):  # checks the header against the file
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: got a file that is not whole safetensors ({error}); it may be cut short; fetch it again"
         ) from error
+    return {
+        name: Place(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _read_index(path: Path) -> dict[str, str]:

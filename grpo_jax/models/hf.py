@@ -28,7 +28,7 @@ from grpo_jax.models.checkpoint_files import (
     CONFIG,
     INDEX,
     SINGLE,
-    TensorFile,
+    TensorFiles,
     checkpoint_directory,
     has_tensors,
     open_tensors,
@@ -88,19 +88,16 @@ def load_model(
         ValueError: not a checkpoint, an unsupported one, a damaged file, a missing, unexpected or misshapen tensor.
     """
     model = read_model(directory, dtype, mesh, param_dtype, precision, remat, longest)
-    with open_tensors(Path(directory)) as tensors:
-        listed = list_tensors(model)
-        _check(model, listed, tensors)
-        starts = {
-            (tensor.name, entry.part): sum(e.shape[0] for _, e in tensor.parts[:place])
-            for tensor in listed
-            if len(tensor.parts) > 1
-            for place, (_, entry) in enumerate(tensor.parts)
-        }
-        is_list = lambda node: isinstance(node, list)  # noqa: E731
-        read = partial(_read, tensors, starts)
-        params = jax.tree.map(read, tensor_entries(model), model.abstract_params, is_leaf=is_list)
-    return model, params
+    tensors, listed = open_tensors(Path(directory)), list_tensors(model)
+    _check(model, listed, tensors)
+    rows = {
+        (tensor.name, entry.part): sum(e.shape[0] for _, e in tensor.parts[:place])
+        for tensor in listed
+        for place, (_, entry) in enumerate(tensor.parts)
+    }
+    is_list = lambda node: isinstance(node, list)  # noqa: E731
+    read = partial(_read, tensors, rows)
+    return model, jax.tree.map(read, tensor_entries(model), model.abstract_params, is_leaf=is_list)
 
 
 def read_model(
@@ -172,10 +169,10 @@ def _read_spec(path: Path, longest: int) -> ModelSpec:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check(model: Model, listed: list[Tensor], tensors: TensorFile) -> None:
+def _check(model: Model, listed: list[Tensor], tensors: TensorFiles) -> None:
     family, where = FAMILIES[model.spec.family], tensors.directory
     expected = {tensor.name: tensor for tensor in listed}
-    missing = [name for name in expected if name not in tensors.handles]
+    missing = [name for name in expected if name not in tensors.places]
     if missing:
         raise ValueError(
             f"{where}: got no tensor {_some(missing)}; config.json asks for it; check that the checkpoint is whole "
@@ -184,7 +181,7 @@ def _check(model: Model, listed: list[Tensor], tensors: TensorFile) -> None:
     head = family.outer["head.kernel"].name
     unexpected = [
         name
-        for name in tensors.handles
+        for name in tensors.places
         if name not in expected
         and not any(re.fullmatch(pattern, name) for pattern in family.harmless)
         and not (model.spec.tied and name == head)
@@ -201,7 +198,7 @@ def _check(model: Model, listed: list[Tensor], tensors: TensorFile) -> None:
                 f"{where}: tensor {name}: got shape {tensors.shape(name)}; config.json asks for {tensor.shape}; "
                 "check that config.json is this checkpoint's own"
             )
-    if model.spec.tied and head in tensors.handles:
+    if model.spec.tied and head in tensors.places:
         embedding = family.outer["embed.kernel"].name
         if not np.array_equal(tensors.read(head), tensors.read(embedding)):
             raise ValueError(
@@ -211,17 +208,15 @@ def _check(model: Model, listed: list[Tensor], tensors: TensorFile) -> None:
 
 
 def _read(
-    tensors: TensorFile,
-    starts: dict[tuple[str, int], int],
+    tensors: TensorFiles,
+    rows: dict[tuple[str, int], int],
     entries: list[Entry],
     target: jax.ShapeDtypeStruct,
 ) -> jax.Array:
-    """One parameter, filled in place. ``starts``: name and part -> its first row, for tensors in parts."""
+    """One parameter, filled in place. ``rows``: a tensor's name and part -> the first row of the part."""
     buffer = np.empty(target.shape, target.dtype)
     for entry in entries:
-        slot, start = buffer[entry.index], starts.get((entry.name, entry.part))
-        value = tensors.read(entry.name) if start is None else tensors.read_rows(entry.name, start, entry.shape[0])
-        slot[...] = value.reshape(slot.shape)
+        tensors.read_into(entry.name, buffer[(*entry.index, ...)], rows[entry.name, entry.part])  # type: ignore[arg-type]
     return transformer.place(buffer, target.sharding)
 
 
@@ -325,8 +320,8 @@ def _config_text(model: Model, config: dict[str, Any], origin: Path | None, dtyp
 def _source_dtypes(origin: Path) -> dict[str, str]:
     if not has_tensors(origin):
         return {}
-    with open_tensors(origin) as tensors:
-        return {name: tensors.dtype(name) for name in tensors.handles}
+    tensors = open_tensors(origin)
+    return {name: tensors.dtype(name) for name in tensors.places}
 
 
 def _shard_name(index: int, count: int) -> str:
