@@ -6,7 +6,7 @@ pyarrow and datasets, the extra ``data``, are loaded by the sources that need th
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +82,7 @@ def describe(source: Any) -> Any:
         return str(source)
     if isinstance(source, Mapping):
         return {name: describe(part) for name, part in source.items()}
-    return f"<{len(source)} rows>"
+    return f"<{len(source)} rows>" if isinstance(source, Sized) else "<rows>"
 
 
 def _read(source: Any, kind: Kind) -> tuple[Rows, list[str]]:

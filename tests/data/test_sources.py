@@ -128,13 +128,14 @@ def test_rows_given_as_objects_are_checked_too():
 
 
 def test_what_the_record_says_of_a_source():
-    sources = ["a.jsonl", Path("b.csv"), ROWS, None, {"x": Path("c"), "y": ROWS}]
+    sources = ["a.jsonl", Path("b.csv"), ROWS, None, {"x": Path("c"), "y": ROWS}, iter(ROWS)]
     assert [describe(source) for source in sources] == [
         "a.jsonl",
         "b.csv",
         "<3 rows>",
         None,
         {"x": "c", "y": "<3 rows>"},
+        "<rows>",
     ]
 
 
