@@ -20,8 +20,13 @@ from learning_cases import (
     small_model,
 )
 
+from grpo_jax import Trainer
+from grpo_jax.callbacks import Callback
 from grpo_jax.checkpoint import CheckpointStore
+from grpo_jax.config import TrainConfig
 from grpo_jax.credit import Creditor, Tokens
+from grpo_jax.metrics import read_json_lines
+from grpo_jax.testing import tiny_checkpoint
 
 ROWS = QUESTIONS * SAMPLES
 
@@ -170,3 +175,55 @@ def test_a_rollout_that_no_function_scored_does_not_move_the_critic(trained):
     _, figures = learning.train(replace(batch, scored=silent))
     assert figures["critic/skipped_update_count"] == 1
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, learning.state.critic))
+
+
+class Kill(Callback):
+    """Ends the process of a run, as far as a test can, before its second step is saved."""
+
+    def on_step(self, step):
+        """Die."""
+        if step.step == 2:
+            raise InterruptedError("killed")
+
+
+def test_a_ppo_run_that_died_ends_bitwise_as_one_that_did_not(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1)
+    rows = [{"prompt": f"{a}+{b}="} for a in range(5) for b in range(2)]
+
+    def run(name, *callbacks):
+        config = TrainConfig.from_tables(
+            {
+                "steps": 3,
+                "output_dir": str(tmp_path / name),
+                "compilation_cache": None,
+                "rollout": {"prompts_per_step": 4, "num_samples": 2, "max_new_tokens": 4},
+                "algorithm": {"preset": "ppo", "loss": {"kl_coef": 0.05, "kl_in_reward": True}},
+                "critic": {"learning_rate": 1e-3},
+                "optim": {"learning_rate": 3e-3, "epochs": 2},
+                "mesh": {"fsdp": 4},
+                "checkpoint": {"every": 1},
+                "log": {"quiet": True, "report": False},
+            }
+        )
+        reward = lambda prompts, completions, **_: [float(sum(c.isdigit() for c in text)) for text in completions]  # noqa: E731
+        Trainer(checkpoint, reward, rows, config=config, callbacks=callbacks).train()
+
+    run("whole")
+    with pytest.raises(InterruptedError, match="killed"):
+        run("died", Kill())
+    run("died")
+    steps = [
+        [
+            {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second", "compile"))}
+            for row in read_json_lines(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "died")
+    ]
+    assert steps[0] == steps[1] and len(steps[0]) == 3
+    for row in steps[0]:
+        assert np.isfinite([row["critic/explained_variance"], row["critic/value_loss"], row["kl_in_reward"]]).all()
+        assert row["critic/return"] != 0 and row["kl_in_reward"] != 0 or row["step"] == 1
+    weights = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "died")]
+    assert weights[0] == weights[1]
+    lines = read_json_lines(tmp_path / "whole" / "completions.jsonl")
+    assert any(line["advantage"] != 0 for line in lines)
