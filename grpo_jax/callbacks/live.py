@@ -177,7 +177,7 @@ def _phases(row: Mapping[str, Any]) -> RenderableType:
     phases = {name.removeprefix("seconds/"): value for name, value in row.items() if name.startswith("seconds/")}
     phases.pop("elapsed", None)
     total = sum(phases.values()) or 1.0
-    bar, legend = Text(f"{'seconds':<9}", style="dim"), Text(" " * 9)
+    bar, legend = Text.assemble((f"{'seconds':<9}", "dim")), Text(" " * 9)
     largest = sorted(phases.items(), key=lambda item: -item[1])[: len(COLOURS)]
     for (name, seconds), colour in zip(largest, COLOURS, strict=False):
         bar.append("█" * round(48 * seconds / total), style=colour)

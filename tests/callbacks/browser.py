@@ -40,6 +40,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
     def __enter__(self):
         return self
@@ -102,6 +103,11 @@ class Browser:
         """Open a report from disk; milliseconds until it says that it is ready."""
         self.call("Page.navigate", url=path.resolve().as_uri())
         return float(self.wait_for("document.documentElement?.dataset.ready"))
+
+    def busy(self) -> float:
+        """Seconds of processor time that the page's main thread has had, whatever else runs on the machine."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
