@@ -206,16 +206,17 @@ class _Choices:
     def __call__(self, draw: int) -> tuple[int, int]:
         if not len(self._bounds):
             return 0, draw
-        while draw >= len(self._numbers):
-            self._grow()
+        if draw >= len(self._numbers):
+            self._decide(1 + draw // BLOCK)
         return int(self._numbers[draw]), int(self._places[draw])
 
-    def _grow(self) -> None:
-        """Decide the next block of draws."""
-        entropy = np.random.SeedSequence([self._seed, len(self._numbers) // BLOCK, 0, 1])
-        uniform = (np.random.Philox(entropy).random_raw(BLOCK) >> np.uint64(11)) * 2.0**-53
-        numbers = np.searchsorted(self._bounds, uniform, side="right")
-        places = np.zeros(BLOCK, np.int64)
+    def _decide(self, blocks: int) -> None:
+        """Decide the draws of so many blocks, those that are not decided yet."""
+        known = len(self._numbers) // BLOCK
+        entropies = (np.random.SeedSequence([self._seed, block, 0, 1]) for block in range(known, blocks))
+        words = np.concatenate([np.random.Philox(entropy).random_raw(BLOCK) for entropy in entropies])
+        numbers = np.searchsorted(self._bounds, (words >> np.uint64(11)) * 2.0**-53, side="right")
+        places = np.zeros(len(numbers), np.int64)
         for number in range(len(self._taken)):
             chosen = numbers == number
             places[chosen] = self._taken[number] + np.arange(chosen.sum())
