@@ -17,7 +17,7 @@ PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpo
 
 def versions() -> dict[str, str]:
     """Package versions, Python and the kind of device."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {name: _version(name) for name in PACKAGES}
     device = jax.devices()[0]
     return found | {"python": this_machine.python_version(), "device": f"{len(jax.devices())} x {device.device_kind}"}
 
@@ -108,3 +108,10 @@ def _size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit in ("B", "KiB") else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # used from its sources
