@@ -4,15 +4,14 @@ A run calls ``resolve_model``, ``load_tokenizer``, ``stop_ids``, ``training_prom
 """
 
 from grpo_jax.data.chat import PromptFormat, decode, encode, load_tokenizer, stop_ids
-from grpo_jax.data.places import resolve_model, shipped
+from grpo_jax.data.places import resolve_model
 from grpo_jax.data.prompts import PromptSet, PromptStream, held_out_prompts, training_prompts
-from grpo_jax.data.sources import check_rows, describe, load_dataset
+from grpo_jax.data.sources import describe, load_dataset
 
 __all__ = [
     "PromptFormat",
     "PromptSet",
     "PromptStream",
-    "check_rows",
     "decode",
     "describe",
     "encode",
@@ -20,7 +19,6 @@ __all__ = [
     "load_dataset",
     "load_tokenizer",
     "resolve_model",
-    "shipped",
     "stop_ids",
     "training_prompts",
 ]

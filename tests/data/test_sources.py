@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.data import PromptSet, check_rows, decode, describe, load_dataset, load_tokenizer, resolve_model, shipped
-from grpo_jax.data.places import SHIPPED
+from grpo_jax.data import PromptSet, decode, describe, load_dataset, load_tokenizer, resolve_model
+from grpo_jax.data.places import SHIPPED, shipped
+from grpo_jax.data.sources import check_rows
 
 ROWS = [
     {"prompt": "1 + 1", "answer": "2"},
