@@ -44,13 +44,15 @@ def make_mesh(
     sizes = [data, fsdp, tensor, expert]
     got = "data={}, fsdp={}, tensor={}, expert={} for {} device(s)".format(*sizes, len(devices))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"got {got}; a size must be at least 1, and at most one may be -1; give the others a number")
+        raise ValueError(
+            f"mesh: got {got}; a size must be at least 1, and at most one may be -1; give the others a number"
+        )
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"got {got}; the product must be the number of devices, or divide it where one size is -1; "
+            f"mesh: got {got}; the product must be the number of devices, or divide it where one size is -1; "
             f"choose sizes that divide {len(devices)}"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)

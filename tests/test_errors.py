@@ -285,6 +285,11 @@ REQUESTS = {
         "mesh.platform: got tpu, and jax finds {platform} only ({device}); install grpo_jax[cuda] or grpo_jax[tpu] "
         "where the hardware is there, or set mesh.platform none",
     ),
+    "a mesh that does not fit": (
+        "config.toml --mesh.fsdp 97",
+        "mesh: got data=-1, fsdp=97, tensor=1, expert=1 for {count} device(s); the product must be the number of "
+        "devices, or divide it where one size is -1; choose sizes that divide {count}",
+    ),
     "a reward of the wrong length": (
         "config.toml --reward.functions rewards.py:short",
         "reward 'short': returned 7 rewards for 8 completions; return a list of 8 floats (None where it has no "
@@ -317,7 +322,13 @@ def said(capsys, *arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_wrong_request_is_one_line(name, capsys, directory):
     command, expected = REQUESTS[name]
-    words = {"here": directory, "platform": jax.default_backend(), "device": jax.devices()[0].device_kind}
+    devices = jax.devices()
+    words = {
+        "here": directory,
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "count": len(devices),
+    }
     assert said(capsys, *command.split()) == (2, f"error: {expected.format(**words)}", "")
 
 
