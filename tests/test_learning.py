@@ -170,39 +170,3 @@ def test_own_functions_are_refused_by_field_before_anything_is_compiled(own, alg
     with CompileLog() as compiles, pytest.raises(ValueError, match=said):
         learning_for(config_for("bnpo", algorithm=algorithm))
     assert compiles.count == 0
-
-
-def test_remax_takes_its_baseline_from_the_greedy_completions():
-    config = config_for("remax")
-    scored = collected_for(config).scored
-    # Weights 1 and .5; the last prompt's greedy completion is paid by the first function alone, the third by none.
-    np.testing.assert_array_equal(scored.greedy, np.asarray([1.0, 0.5, np.nan, 1.0], np.float32))
-    expected = np.where(scored.scored, scored.reward - np.nan_to_num(scored.greedy)[:, None], 0)
-    expected[2] = 0
-    np.testing.assert_allclose(scored.advantages.reshape(4, 4), expected, atol=1e-6)
-
-
-def test_gdpo_normalises_each_function_and_pass_at_k_takes_k():
-    config = config_for("gdpo")
-    scored = collected_for(config).scored
-    parts = []
-    for rewards in np.asarray(scored.by_function, np.float64).reshape(2, 4, 4):
-        mean, std = np.nanmean(rewards, 1, keepdims=True), np.nanstd(rewards, 1, ddof=1, keepdims=True)
-        parts.append(np.nan_to_num(np.where(std > 0, (rewards - mean) / (std + 1e-4), 0)))
-    total = parts[0] + 0.5 * parts[1]
-    valid = scored.scored
-    total = np.where(valid, (total - total[valid].mean()) / (total[valid].std(ddof=1) + 1e-4), 0)
-    np.testing.assert_allclose(scored.advantages.reshape(4, 4), total, atol=1e-5)
-    k_one, k_two = (
-        collected_for(config_for("bnpo", algorithm={"advantage": "pass_at_k", "pass_k": k})).scored for k in (1, 2)
-    )
-    plain = collected_for(config_for("bnpo", algorithm={"ddof": 0})).scored
-    np.testing.assert_allclose(k_one.advantages, plain.advantages, atol=1e-4)
-    assert np.abs(k_two.advantages - k_one.advantages).max() > 0.1
-
-
-def test_rewards_and_advantages_are_clipped_where_asked():
-    clipped = collected_for(config_for("bnpo", algorithm={"reward_clip": 0.75, "advantage_clip": 0.5})).scored
-    plain = collected_for(config_for("bnpo")).scored
-    np.testing.assert_allclose(clipped.reward, np.clip(plain.reward, -0.75, 0.75))
-    assert np.abs(clipped.advantages).max() == 0.5 < np.abs(plain.advantages).max()
