@@ -7,6 +7,7 @@ field that is true or false may stand alone for true. The checks of a value are 
 below, so that a file and a command fail alike; here only the fields' names and the number of words are looked at.
 """
 
+import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -84,10 +85,20 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_help(console: Console, usage: str, config: BaseModel, topics: Sequence[str] = ()) -> None:
-    """Print every field, table by table, with what it takes, its value in ``config`` and its documentation."""
+    """Print every field, table by table, with what it takes, its value in ``config`` and its documentation.
+
+    Raises:
+        ValueError: a topic that is no table.
+    """
+    tables = dict(_tables(config))
     if not topics:
         console.print(escape(usage), highlight=False)
-    for path, table in _tables(config):
+    for topic in topics:
+        if topic not in tables:
+            near = difflib.get_close_matches(topic, tables, 1)
+            advice = f"did you mean {near[0]}?" if near else f"the tables are {', '.join(filter(None, tables))}"
+            raise ValueError(f"--help: there is no table {topic!r}; {advice}")
+    for path, table in tables.items():
         if topics and not any(path == topic or path.startswith(f"{topic}.") for topic in topics):
             continue
         console.print()

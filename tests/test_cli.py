@@ -129,3 +129,5 @@ def test_help_of_one_table_shows_the_values_of_a_config(tmp_path, capsys):
     assert main([str(tmp_path / "mine.toml"), "--help", "optim"]) == 0
     out = capsys.readouterr().out
     assert "--optim.learning_rate" in out and "0.125" in out and "--model.path" not in out
+    assert main(["--help", "optin"]) == 2
+    assert capsys.readouterr().err == "error: --help: there is no table 'optin'; did you mean optim?\n"
