@@ -89,9 +89,13 @@ class JsonLines:
         """Args: the file, and the first step whose lines are dropped (None keeps nothing)."""
         kept = _lines_below(path, keep_below)
         # Half a surrogate pair, which a data set's "\\ud800" holds, is no UTF-8; its backslash form is JSON again.
-        self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
-        self._file.writelines(kept)
-        self._file.flush()
+        text: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+        if path.is_file():  # whole or not at all: neither a kill nor a full disk may cost the lines that are kept
+            partial = path.with_suffix(".partial")
+            with partial.open("w", **text) as file:
+                file.writelines(kept)
+            partial.replace(path)
+        self._file = path.open("a", **text)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one object; a float that is not finite becomes null."""

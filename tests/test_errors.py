@@ -10,6 +10,8 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ import pytest
 from error_cases import REQUESTS
 
 from grpo_jax.cli import main
+from grpo_jax.metrics import JsonLines
 from grpo_jax.testing import tiny_checkpoint, tiny_config
 
 TRAIN = Path(__file__).parent.parent / "scripts" / "train.py"
@@ -148,6 +151,17 @@ def test_a_reward_that_raises_is_named_with_its_line_and_row(capsys, directory):
     assert f"rewards.py, line {line}" in err
 
 
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """What a full disk does, for files larger than this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def contents(place: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
 
@@ -170,12 +184,8 @@ def test_what_is_on_the_disk_stays_safe(capsys, directory):
     assert contents(directory / "run") == before
 
     (directory / "seen").unlink()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a checkpoint does not fit, a line of metrics does
-    try:
+    with file_size_limit(20_000):  # a checkpoint does not fit, a line of metrics does
         status, err, _ = said(capsys, *command)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     # Of the checkpoint's files the first that fails is named by its checkpoint, or, where the writer names none, not.
     written = {f"run{inside}" for inside in ("", "/checkpoints/2")} | {str(directory / "run" / "checkpoints" / "2")}
     rest = "(File too large); make room and start the same command again"
@@ -185,10 +195,18 @@ def test_what_is_on_the_disk_stays_safe(capsys, directory):
     assert said(capsys, *command)[:2] == (0, "")
 
 
+def test_a_full_disk_at_the_start_costs_no_line_of_the_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "padding": "x" * 1000}) + "\n" for step in range(30)))
+    before = path.read_bytes()
+    with file_size_limit(20_000), pytest.raises(OSError, match="File too large"):
+        JsonLines(path, keep_below=25)
+    assert path.read_bytes() == before
+
+
 def test_a_full_disk_names_the_file_of_a_line(capsys, directory, monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    from grpo_jax.metrics import JsonLines
     from grpo_jax.trainer import Trainer
 
     def train(self):
