@@ -34,6 +34,7 @@ from grpo_jax.metrics import (
     CompileLog,
     JsonLines,
     Phases,
+    TokenTexts,
     completion_rows,
     peak_memory,
     read_json_lines,
@@ -174,6 +175,7 @@ class _Run:
         self.compiles, self.begun, self.phases = compiles, begun, Phases()
         self.source = resolve_model(config.model.path, config.model.revision)
         self.tokenizer = load_tokenizer(self.source)
+        self.token_texts = TokenTexts(self.tokenizer)
         prompts = training_prompts(config, self.tokenizer, train)
         sets = held_out_prompts(config, self.tokenizer, held_out)
         self.model, params = _load(config, self.source)
@@ -251,7 +253,13 @@ class _Run:
         row |= {f"logged/{name}" if name in row else name: value for name, value in batch.scored.metrics.items()}
         self.metrics.write(row)
         lines = completion_rows(
-            step, batch.prompts, batch.rollout, batch.scored, self.names, self.config.log.completions
+            step,
+            batch.prompts,
+            batch.rollout,
+            batch.scored,
+            self.names,
+            self.config.log.completions,
+            self.token_texts,
         )
         for line in lines:
             self.completions.write(line)
