@@ -96,8 +96,9 @@ class Window:
 
 def no_spread(window: Window) -> str | None:
     """Nearly all groups have rewards that do not differ, so that their advantages are 0."""
-    if window.config.algorithm.advantage in ALONE:
-        return None  # it compares a sample with the batch or a critic, not with its group
+    algorithm = window.config.algorithm
+    if algorithm.advantage in ALONE or ":" in algorithm.advantage:
+        return None  # it compares a sample with the batch or a critic, or with what only its author knows
     spread, right = window.joined("spread"), window.joined("right").reshape(len(window.joined("spread")), -1)
     share = 1.0 - spread.mean()
     if share < ALIKE:
@@ -111,10 +112,11 @@ def no_spread(window: Window) -> str | None:
         if easy < 0.5
         else "use harder prompts"
     )
+    again = "" if algorithm.dynamic_sampling else " or set algorithm.dynamic_sampling"
     return (
         f"{share:.0%} of the groups of {window.over} have rewards that do not differ, and such a group teaches "
         f"nothing: {same}{1 - easy:.0%} of them are too hard (all wrong), {easy:.0%} too easy (all right). Raise "
-        f"rollout.num_samples or set algorithm.dynamic_sampling; else {advice}."
+        f"rollout.num_samples{again}; else {advice}."
     )
 
 

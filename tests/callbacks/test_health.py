@@ -88,6 +88,12 @@ def test_the_split_counts_both_sides_and_one_odd_step_says_nothing():
     assert heard([step(i, mostly_alike(i == 0)) for i in range(3)]) != []  # 23 of 24: 96 %
 
 
+def test_what_is_already_set_is_not_advised():
+    steps = [step(i, constant(0.0)) for i in range(3)]
+    (warning,) = heard(steps, algorithm={"dynamic_sampling": True})
+    assert "algorithm.dynamic_sampling" not in warning
+
+
 def test_an_estimator_without_groups_needs_no_spread_but_a_reward_that_varies():
     steps = [step(i, constant(1.0)) for i in range(12)]
     (warning,) = heard(steps, algorithm={"advantage": "batch_mean"})
