@@ -27,13 +27,13 @@ class Attention(nnx.Module):
             out = {"kv_heads": layer.kv_heads, ":qkv": self.group + 2} | d
             self.qkv = Linear(compute, out, into, layer.qkv_bias)
         else:
-            self.q = Linear(compute, {"heads": layer.heads} | d, into, layer.qkv_bias)
-            self.k = Linear(compute, {"kv_heads": layer.kv_heads} | d, into, layer.qkv_bias)
-            self.v = Linear(compute, {"kv_heads": layer.kv_heads} | d, into, layer.qkv_bias)
+            self.q = Linear(compute, {"heads": layer.heads} | d, into, layer.qkv_bias, layer.adapter("q"))
+            self.k = Linear(compute, {"kv_heads": layer.kv_heads} | d, into, layer.qkv_bias, layer.adapter("k"))
+            self.v = Linear(compute, {"kv_heads": layer.kv_heads} | d, into, layer.qkv_bias, layer.adapter("v"))
         # Of one head, or of all together: q's are [K, H / K, d], k's [K, d].
         q_axes, k_axes = ((), ()) if layer.qk_norm == "head" else ((self.kv_heads, self.group), (self.kv_heads,))
         self.q_norm, self.k_norm = _norm(compute, layer, q_axes), _norm(compute, layer, k_axes)
-        self.out = Linear(compute, {"embed": layer.width}, {"heads": layer.heads} | d, layer.out_bias)
+        self.out = Linear(compute, into, {"heads": layer.heads} | d, layer.out_bias, layer.adapter("out"))
 
     def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[..., D] -> q [..., K, H / K, d], k and v [..., K, d]; q and k normed and turned, q scaled."""

@@ -129,7 +129,7 @@ def save_hf(
 
     Args:
         model: of the parameters.
-        params: what is written.
+        params: what is written; adapters are merged into the base.
         directory: made if it is not there. Tensor files of an older checkpoint in it are replaced, the rest stays.
         source: the directory the model came from: its config.json is kept whole, its tokenizer, chat template and
             generation_config.json are copied, and each tensor has the dtype it has there. It may be ``directory``.
@@ -140,6 +140,7 @@ def save_hf(
     Raises:
         ValueError: an unknown dtype, or a source or config of another model.
     """
+    params, model = model.merged(params), model.base
     target, origin = Path(directory), None if source is None else checkpoint_directory(source)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; tensors are written in {', '.join(DTYPES)}; use one of them")

@@ -16,15 +16,20 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.mesh import RULES, spec_for
+from grpo_jax.models.spec import LayerSpec, LoraSpec
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Declaration of a parameter: shape, a logical axis name (or None) per axis, start value (normal is 0.02)."""
+    """Declaration of a parameter: shape, a logical axis name (or None) per axis, start value.
+
+    "normal" has deviation 0.02. An adapter is "fan_in", uniform up to the root of the axes after the rank's, or "off",
+    zeros; these three are matrices.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    start: Literal["normal", "zeros", "ones"] = "normal"
+    start: Literal["normal", "zeros", "ones", "fan_in", "off"] = "normal"
 
 
 @dataclass(frozen=True)
@@ -66,23 +71,32 @@ class Linear(nnx.Module):
         out: dict[str, int],
         into: dict[str, int],
         bias: bool = False,
+        lora: LoraSpec | None = None,
     ):
         """``out`` and ``into`` give logical axis -> size; names after a ``:`` only tell axes apart and are dropped."""
-        axes, shape = _names(out), tuple(out.values())
+        axes, shape, in_axes, in_shape = _names(out), tuple(out.values()), _names(into), tuple(into.values())
         self.compute = compute
         self.in_ndim = len(into)
-        self.kernel = nnx.Param(Weight(shape + tuple(into.values()), axes + _names(into)))
+        self.kernel = nnx.Param(Weight(shape + in_shape, axes + in_axes))
         self.bias = nnx.Param(Weight(shape, axes, "zeros")) if bias else None
+        self.lora_scale = 0.0 if lora is None else lora.scale
+        self.lora_a = None if lora is None else nnx.Param(Weight((lora.rank, *in_shape), (None, *in_axes), "fan_in"))
+        self.lora_b = None if lora is None else nnx.Param(Weight((*shape, lora.rank), (*axes, None), "off"))
 
     def __call__(self, x: jax.Array, out: Any = None) -> jax.Array:
         """[..., *in] -> [..., *out] in ``out`` (default: the compute dtype)."""
-        kernel = self.kernel[...]
-        last = tuple(range(x.ndim - self.in_ndim, x.ndim)), tuple(range(kernel.ndim - self.in_ndim, kernel.ndim))
-        y = self.compute.dot(x, kernel, last, out=out)
+        y = self._product(x, self.kernel[...], self.in_ndim, out)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = self._product(x, self.lora_a[...], self.in_ndim, None)
+            y = y + (self.lora_scale * self._product(low, self.lora_b[...], 1, jnp.float32)).astype(y.dtype)
         if self.bias is None:
             return y
         # In float32, so that the bias's gradient, a sum over tokens, is too.
         return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
+
+    def _product(self, x: jax.Array, kernel: jax.Array, ndim: int, out: Any) -> jax.Array:
+        last = tuple(range(x.ndim - ndim, x.ndim)), tuple(range(kernel.ndim - ndim, kernel.ndim))
+        return self.compute.dot(x, kernel, last, out=out)
 
 
 class RMSNorm(nnx.Module):
@@ -130,16 +144,16 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight."""
 
-    def __init__(self, compute: Compute, width: int, ffn: int, bias: bool, activation: str, fused: bool):
-        """``ffn`` is the inner width F."""
-        self.compute, self.fused, self.activation = compute, fused, activation
-        into = {"embed": width}
+    def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
+        """Weights are [F, D] twice and [D, F]; fused [2, F, D] and [D, F]."""
+        self.compute, self.fused, self.activation = compute, fused, layer.activation
+        into, inner, bias = {"embed": layer.width}, {"ffn": layer.ffn}, layer.mlp_bias
         if fused:
-            self.gate_up = Linear(compute, {":half": 2, "ffn": ffn}, into, bias)
+            self.gate_up = Linear(compute, {":half": 2} | inner, into, bias)
         else:
-            self.gate = Linear(compute, {"ffn": ffn}, into, bias)
-            self.up = Linear(compute, {"ffn": ffn}, into, bias)
-        self.down = Linear(compute, {"embed": width}, {"ffn": ffn}, bias)
+            self.gate = Linear(compute, inner, into, bias, layer.adapter("gate"))
+            self.up = Linear(compute, inner, into, bias, layer.adapter("up"))
+        self.down = Linear(compute, into, inner, bias, layer.adapter("down"))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """[..., D] -> [..., D], and that nothing was routed."""

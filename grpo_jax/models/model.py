@@ -4,7 +4,8 @@
 arrays, for use inside ``jax.jit``; those that say so are jitted themselves.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from grpo_jax.mesh import single_device_mesh, spec_for
 from grpo_jax.models import transformer
 from grpo_jax.models.layers import Compute
-from grpo_jax.models.spec import ModelSpec
+from grpo_jax.models.lora import cut, join, merge
+from grpo_jax.models.spec import LoraSpec, ModelSpec
 from grpo_jax.models.transformer import KeyValue, Layout, Routed
 from grpo_jax.types import Params
 
@@ -28,6 +30,15 @@ PromptCache = tuple[KeyValue, ...]
 
 Cache = tuple[KeyValue, ...]
 """For each layer k and v, each [B, K, C, d]: of the sampled tokens. Its rows may be gathered, its C grown."""
+
+START: Mapping[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+    "normal": lambda rng, shape: np.float32(0.02) * rng.standard_normal(shape, np.float32),
+    "zeros": lambda rng, shape: np.zeros(shape, np.float32),
+    "ones": lambda rng, shape: np.ones(shape, np.float32),
+    "fan_in": lambda rng, shape: rng.uniform(-1, 1, shape) / np.sqrt(np.prod(shape[2:])),  # [layers, rank, *in]
+    "off": lambda rng, shape: np.zeros(shape, np.float32),
+}
+"""Start of a ``Weight`` -> its values."""
 
 PRECISIONS = ("default", "high", "highest")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -46,6 +57,7 @@ class Model:
         mesh: by default the first device alone.
         remat: what a layer keeps for the backward pass: "none" recomputes no product, "attention" keeps the
             attention's output and projection, "full" keeps the layer's input alone.
+        lora: adapters, float32, on a base that is not trained; None trains all parameters.
     """
 
     spec: ModelSpec
@@ -54,6 +66,7 @@ class Model:
     precision: str | None = None
     mesh: Mesh | None = None
     remat: str = "none"
+    lora: LoraSpec | None = None
 
     def __post_init__(self) -> None:
         """Fills the defaults in and checks the names."""
@@ -65,6 +78,11 @@ class Model:
         _legal("param_dtype", self.param_dtype, COMPUTE_DTYPES)
         _legal("precision", self.precision, PRECISIONS)
         _legal("remat", self.remat, tuple(transformer.REMAT))
+        if self.lora is not None and self.spec.experts and set(self.lora.targets) - {"q", "k", "v", "out"}:
+            raise ValueError(
+                f"model.lora.targets: got {list(self.lora.targets)} for a model with experts; they have no adapters; "
+                "use q, k, v and out"
+            )
 
     # The tables below are functions of the fields; a cached_property writes beside the frozen fields.
 
@@ -77,7 +95,8 @@ class Model:
     @cached_property
     def layout(self) -> Layout:
         """Static graphs and parameter declarations, built once."""
-        return transformer.build_layout(self.spec, self.compute)
+        layers = tuple(replace(layer, lora=self.lora) for layer in self.spec.layers)
+        return transformer.build_layout(replace(self.spec, layers=layers), self.compute)
 
     @cached_property
     def param_specs(self) -> Params:
@@ -93,8 +112,8 @@ class Model:
     @cached_property
     def abstract_params(self) -> Params:
         """A sharded ShapeDtypeStruct for each parameter: the target of a checkpoint."""
-        dtype = jnp.dtype(self.param_dtype)
-        make = lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s)  # noqa: E731
+        dtype = lambda w: jnp.dtype("float32" if w.start in ("fan_in", "off") else self.param_dtype)  # noqa: E731
+        make = lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype(w), sharding=s)  # noqa: E731
         return jax.tree.map(make, self.layout.weights, self.param_shardings)
 
     @cached_property
@@ -105,7 +124,32 @@ class Model:
     @cached_property
     def decay_mask(self) -> Params:
         """A bool for each parameter: True for matrices, False for biases and norm scales."""
-        return jax.tree.map(lambda w: w.start == "normal", self.layout.weights)
+        return jax.tree.map(lambda w: w.start in ("normal", "fan_in", "off"), self.layout.weights)
+
+    @cached_property
+    def base(self) -> "Model":
+        """The model without adapters: of the frozen parameters, and of merged ones."""
+        return replace(self, lora=None)
+
+    def trained(self, tree: Any) -> Any:
+        """What is trained of parameters, or of shardings or masks like them: all, or the adapters."""
+        return tree if self.lora is None else cut(tree, adapters=True)
+
+    def frozen(self, tree: Any) -> Any:
+        """The rest: None, or the base's parameters."""
+        return None if self.lora is None else cut(tree, adapters=False)
+
+    def joined(self, trained: Any, frozen: Any) -> Any:
+        """Undoes ``trained`` and ``frozen``."""
+        return trained if self.lora is None else join(trained, frozen)
+
+    def merged(self, params: Params) -> Params:
+        """The adapters in the kernels: parameters of ``base``. Jitted."""
+        return params if self.lora is None else _merged(self, params)
+
+    def init_adapters(self, seed: int) -> Params:
+        """Adapters that change nothing yet, see ``trained``; seeded like ``init``."""
+        return self._draw(self.trained(self.layout.weights), self.trained(self.abstract_params), seed)
 
     def scale_matrices(self, params: Params, scale: float) -> Params:
         """``params`` with every matrix times ``scale``: a fresh model is close to uniform, a scaled one is not."""
@@ -126,14 +170,14 @@ class Model:
 
         Drawn on the host, one parameter at a time, so they are the same on every mesh and nothing is compiled.
         """
-        leaves, tree = jax.tree.flatten(self.layout.weights)
-        targets = jax.tree.leaves(self.abstract_params)
+        return self._draw(self.layout.weights, self.abstract_params, seed)
+
+    def _draw(self, weights: Any, targets: Any, seed: int) -> Params:
+        leaves, tree = jax.tree.flatten(weights)
         made = []
-        for index, (weight, target) in enumerate(zip(leaves, targets, strict=True)):
-            value = np.full(weight.shape, 1.0 if weight.start == "ones" else 0.0, target.dtype)
-            if weight.start == "normal":
-                draw = np.random.default_rng([seed, index]).standard_normal(weight.shape, np.float32)
-                value = (0.02 * draw).astype(target.dtype)
+        for index, (weight, target) in enumerate(zip(leaves, jax.tree.leaves(targets), strict=True)):
+            rng = np.random.default_rng([seed, index])
+            value = START[weight.start](rng, weight.shape).astype(target.dtype)
             made.append(transformer.place(value, target.sharding))
         return jax.tree.unflatten(tree, made)
 
@@ -262,6 +306,11 @@ def _logits(model: Model, params: Params, tokens: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=0)
 def _decode_view(model: Model, params: Params) -> View:
     return transformer.decode_view(model.layout, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _merged(model: Model, params: Params) -> Params:
+    return params | {"layers": merge(params["layers"], model.lora, stacked=True)}
 
 
 def _legal(name: str, value: str | None, legal: tuple[str, ...]) -> None:

@@ -16,6 +16,42 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 """Of the MLP, by Hugging Face's names."""
 
 
+LORA_TARGETS = {
+    **{name: "attention" for name in ("q", "k", "v", "out")},
+    **{name: "mlp" for name in ("gate", "up", "down")},
+}
+"""Linear maps that can have adapters, and the part of the layer they are in."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters: ``W + alpha / rank * B A`` on the linear maps ``targets``.
+
+    Raises:
+        ValueError: a rank below 1, an alpha not above 0, no target, or one that is not in ``LORA_TARGETS``.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = tuple(LORA_TARGETS)
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        if self.rank < 1:
+            raise ValueError(f"model.lora.rank: got {self.rank}; it is a size; use 1 or more")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"model.lora.alpha: got {self.alpha}; it is a factor; use a number above 0")
+        unknown = [name for name in self.targets if name not in LORA_TARGETS]
+        if unknown or not self.targets:
+            legal = ", ".join(LORA_TARGETS)
+            raise ValueError(f"model.lora.targets: got {list(self.targets)}; adapters go on: {legal}; name some")
+
+    @property
+    def scale(self) -> float:
+        """Factor of ``B A``."""
+        return self.alpha / self.rank
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """Every static fact that one decoder layer's constructor reads.
@@ -34,6 +70,7 @@ class LayerSpec:
         residual_scale: factor of what is added to the stream.
         activation: of the MLP, one of ``ACTIVATIONS``.
         moe: a mixture of experts in place of the MLP, or None.
+        lora: adapters, which no config.json knows of, or None.
     """
 
     width: int
@@ -56,6 +93,11 @@ class LayerSpec:
     residual_scale: float = 1.0
     activation: str = "silu"
     moe: MoESpec | None = None
+    lora: LoraSpec | None = None
+
+    def adapter(self, name: str) -> LoraSpec | None:
+        """The adapters of the linear map ``name``."""
+        return self.lora if self.lora is not None and name in self.lora.targets else None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from grpo_jax.models.attention import (
     write_column,
 )
 from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, fuse_mlp
+from grpo_jax.models.lora import merge
 from grpo_jax.models.moe import MoE, Routing, expert_load
 from grpo_jax.models.rotary import Rotation, rotation
 from grpo_jax.models.rotary_spec import RotarySpec
@@ -58,11 +59,7 @@ class Block(nnx.Module):
         self.input_norm, self.attention_post_norm = norm(layer.pre_norm), norm(layer.post_norm)
         self.attention = Attention(compute, layer, fused)
         self.mlp_norm, self.mlp_post_norm = norm(layer.pre_norm), norm(layer.post_norm)
-        self.mlp = (
-            MLP(compute, layer.width, layer.ffn, layer.mlp_bias, layer.activation, fused)
-            if layer.moe is None
-            else MoE(compute, layer, layer.moe)
-        )
+        self.mlp = MLP(compute, layer, fused) if layer.moe is None else MoE(compute, layer, layer.moe)
 
     def __call__(self, x: jax.Array, turn: Rotation | None, mix: Mix) -> tuple[jax.Array, Any, Routing | None]:
         """[..., D] -> [..., D], what ``mix`` carries out, and where a mixture of experts sent the tokens."""
@@ -108,7 +105,7 @@ class Layout:
         longest: of the run's texts, see ``ModelSpec``.
         outer: graph of ``Outer``.
         blocks: graph and declarations of ``Block`` for each distinct layer.
-        fused: the same with joined weights.
+        fused: the same with joined weights, and adapters merged into them.
         weights: nested dict of ``Weight``: the parameters.
     """
 
@@ -151,7 +148,7 @@ def build_layout(spec: ModelSpec, compute: Compute) -> Layout:
     """Builds every module once and splits it."""
     outer, weights = _split(Outer(compute, spec))
     blocks = {layer: _split(Block(compute, layer, False)) for layer in dict.fromkeys(spec.layers)}
-    fused = {layer: _split(Block(compute, layer, True)) for layer in blocks}
+    fused = {layer: _split(Block(compute, replace(layer, lora=None), True)) for layer in blocks}
     stacks = {
         name: jax.tree.map(lambda w, n=run.repeats: replace(w, shape=(n, *w.shape), axes=("layers", *w.axes)), tree)
         for run_index, run in enumerate(spec.runs)
@@ -243,7 +240,7 @@ def _training_block(layout: Layout, layer: LayerSpec, params: dict[str, Any]) ->
     """The block of one layer. Its joined weights are fused where that moves nothing between devices: fewer matmuls."""
     graph, declared = layout.blocks[layer]
     params = use(layout, params, declared)
-    if layout.compute.mesh.shape["tensor"] > 1:
+    if layout.compute.mesh.shape["tensor"] > 1 or layer.lora is not None:
         return nnx.merge(graph, params)
     return nnx.merge(layout.fused[layer][0], fuse(params))
 
@@ -273,7 +270,7 @@ def decode_view(layout: Layout, params: dict[str, Any]) -> dict[str, Any]:
     layers = []
     for layer, (name, index) in zip(layout.layers, layer_places(layout.runs), strict=True):
         one = jax.tree.map(lambda x, i=index: x[i], params["layers"][name])
-        layers.append(use(layout, fuse(one), layout.fused[layer][1]))
+        layers.append(use(layout, fuse(merge(one, layer.lora, stacked=False)), layout.fused[layer][1]))
     return {"outer": use(layout, params["outer"], layout.weights["outer"]), "layers": tuple(layers)}
 
 
