@@ -12,7 +12,17 @@ from grpo_jax.models.model import Model, View
 from grpo_jax.rollout.requests import Requests, Sampled
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.rollout.shapes import Ladder, Shape, arrange, blocks_needed
-from grpo_jax.rollout.slots import Context, Seating, Slots, move, move_context, prefill, row_key_data, segment
+from grpo_jax.rollout.slots import (
+    Context,
+    Seating,
+    Slots,
+    move,
+    move_context,
+    open_slots,
+    prefill,
+    row_key_data,
+    segment,
+)
 from grpo_jax.rollout.stops import StopStrings
 from grpo_jax.types import Rollout
 
@@ -188,28 +198,33 @@ class Decoding:
             token=self._asked.last[prompt],
             limit=self._asked.limit[row],
             keys=self._keys[row],
+            prompt=self._sources(blocks),
         )
-        self._context = self._seat_prompts(blocks)
-        slots, self._slots = self._slots, None
-        self._slots = move(self._model, shape, self._rules, slots, seating)
+        self._settle(shape, seating, same=np.array_equal(blocks, self._blocks))
         self._shape, self._seats, self._blocks = shape, seats, blocks
         self.counts.moves += 1
         self.counts.shapes += (shape,)
         if not self._queued:
             self._pool = None
 
-    def _seat_prompts(self, blocks: np.ndarray) -> Context:
-        """The context of blocks, from what stands now and from the pool."""
-        size = self._ladder.pool
-        if self._context is None:
-            assert self._pool is not None
-            if np.array_equal(blocks, np.where(np.arange(size) < len(self._asked.length), np.arange(size), -1)):
-                return self._pool
+    def _sources(self, blocks: np.ndarray) -> np.ndarray:
+        """Where the prompt of each block stands: in a block of now, or counted on from these in the pool."""
         held = {int(prompt): block for block, prompt in enumerate(self._blocks) if prompt >= 0}
-        offset = len(self._blocks)
-        index = [held.get(p, p - self._pool_start + offset) if p >= 0 else 0 for p in blocks.tolist()]
-        sources = [each for each in (self._context, self._pool) if each is not None]
-        return move_context(self._model, sources, np.asarray(index))
+        first = self._pool_start - len(self._blocks)
+        return np.asarray([held.get(p, p - first) if p >= 0 else i for i, p in enumerate(blocks.tolist())], np.int32)
+
+    def _settle(self, shape: Shape, seating: Seating, same: bool) -> None:
+        slots, context, pool = self._slots, self._context, self._pool
+        self._slots = self._context = None
+        if slots is None or context is None:
+            assert pool is not None
+            self._slots = open_slots(self._model, shape, self._rules, seating)
+            stays = np.array_equal(seating.prompt, np.arange(self._ladder.pool))
+            self._context = pool if stays else move_context(self._model, pool, seating.prompt)
+            return
+        contexts = [] if same else [context] if pool is None else [context, pool]
+        self._slots, moved = move(self._model, shape, slots, contexts, seating)
+        self._context = context if moved is None else moved
 
     def _run(self) -> jax.Array:
         """Start a segment; what it returns is read later."""

@@ -12,7 +12,7 @@ FIRST_LENGTH = 64
 LONG = 512
 """Beyond so many tokens cache lengths are four times apart instead of twice."""
 FRACTIONS: dict[int, tuple[tuple[float, ...], ...]] = {
-    1: ((1, 1 / 2, 1 / 4, 1 / 8),),
+    1: ((1, 1 / 2, 1 / 4),),
     2: ((1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8), (1, 1 / 2, 1 / 4, 3 / 16, 1 / 8, 1 / 16)),
     3: ((1, 3 / 4, 1 / 2), (1, 1 / 2, 3 / 8, 1 / 4), (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)),
 }

@@ -85,6 +85,7 @@ class Seating:
         token: [B] int32, last token of the prompt.
         limit: [B] int32.
         keys: [B, 2] uint32, see `row_key_data`.
+        prompt: [R] int32, the block in which a prompt stood before, those of a second context counted on.
     """
 
     source: Any
@@ -92,6 +93,7 @@ class Seating:
     token: Any
     limit: Any
     keys: Any
+    prompt: Any
 
 
 @jax.jit
@@ -213,45 +215,52 @@ def _record(
     return after, live & ~stop & (length < rows.limit)
 
 
-def move(model: Model, shape: Shape, rules: Sampling, slots: Slots | None, seating: Seating) -> Slots:
-    """Rows to slots of another shape, fresh ones beside them; None holds no row.
-
-    A layer at a time, so that one is held twice: the caller must let go of ``slots``.
-    """
-    if slots is None:
-        rows = _move_rows(model, shape.length, _no_rows(model, shape, rules), seating)
-        return Slots(rows, _no_cache(model, shape))
-    rows, old = _move_rows(model, shape.length, slots.rows, seating), list(slots.cache)
-    del slots
-    cache = []
-    while old:
-        cache.append(_move_layer(model, shape.length, old.pop(0), seating.source))
-    return Slots(rows, tuple(cache))
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _no_rows(model: Model, shape: Shape, rules: Sampling) -> Rows:
+def open_slots(model: Model, shape: Shape, rules: Sampling, seating: Seating) -> Slots:
+    """Slots whose rows are all fresh."""
     zeros = partial(jnp.zeros, (shape.rows, shape.length))
     number, flag = jnp.zeros(shape.rows, jnp.int32), jnp.zeros(shape.rows, bool)
     drawn = zeros(jnp.float32) if rules.changed else None
-    keys = jnp.zeros((shape.rows, 2), jnp.uint32)
-    return _pin(model, Rows(number, number, number, flag, keys, zeros(jnp.int32), zeros(jnp.float32), drawn))
+    rows = Rows(seating.token, number, seating.limit, flag, seating.keys, zeros(jnp.int32), zeros(jnp.float32), drawn)
+    return Slots(_pin(model, rows), model.init_cache(shape.rows, shape.length))
+
+
+def move(
+    model: Model, shape: Shape, slots: Slots, contexts: Sequence[Context], seating: Seating
+) -> tuple[Slots, Context | None]:
+    """Rows to slots of another shape, fresh ones beside them, and their prompts to the blocks of those slots.
+
+    A layer at a time, so that one is held twice: the caller must let go of ``slots`` and of the contexts.
+
+    Args:
+        model: static.
+        shape: to go to.
+        slots: where the rows are.
+        contexts: one or two, where the prompts are; none leaves them alone, and None is returned for them.
+        seating: who sits where.
+    """
+    small = [(each.length, each.tokens) for each in contexts]
+    rows, small = _move_rows(model, shape.length, slots.rows, small, seating)
+    own, prompts = list(slots.cache), [list(each.cache) for each in contexts]
+    del slots, contexts
+    cache, context = [], []
+    while own:
+        layer = _move_layer(model, shape.length, own.pop(0), [each.pop(0) for each in prompts], seating)
+        cache.append(layer[0])
+        context += layer[1]
+    return Slots(rows, tuple(cache)), Context(tuple(context), *small[0]) if small else None
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _no_cache(model: Model, shape: Shape) -> Cache:
-    return model.init_cache(shape.rows, shape.length)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _move_rows(model: Model, length: int, rows: Rows, seating: Seating) -> Rows:
-    source, fresh = seating.source, seating.fresh
-    take = partial(jnp.take, indices=source, axis=0, mode="clip")
+def _move_rows(
+    model: Model, length: int, rows: Rows, small: list[tuple[jax.Array, jax.Array]], seating: Seating
+) -> tuple[Rows, list[tuple[jax.Array, jax.Array]]]:
+    fresh = seating.fresh
+    take = partial(jnp.take, indices=seating.source, axis=0, mode="clip")
 
     def columns(buffer: jax.Array) -> jax.Array:
         return _resize(take(buffer), 1, length)
 
-    drawn = None if rows.drawn_logp is None else columns(rows.drawn_logp)
     moved = Rows(
         token=jnp.where(fresh, seating.token, take(rows.token)),
         length=jnp.where(fresh, 0, take(rows.length)),
@@ -260,15 +269,42 @@ def _move_rows(model: Model, length: int, rows: Rows, seating: Seating) -> Rows:
         keys=seating.keys,
         tokens=columns(rows.tokens),
         logp=columns(rows.logp),
-        drawn_logp=drawn,
+        drawn_logp=None if rows.drawn_logp is None else columns(rows.drawn_logp),
     )
-    return _pin(model, moved)
+    return _pin(model, moved), _pick(model, small, seating.prompt)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _move_layer(model: Model, length: int, layer: KeyValue, source: jax.Array) -> KeyValue:
-    keys, values = (_resize(jnp.take(x, source, axis=0, mode="clip"), 2, length) for x in layer)
-    return _pin_leaf(model, keys), _pin_leaf(model, values)
+def _move_layer(
+    model: Model, length: int, own: KeyValue, prompts: list[KeyValue], seating: Seating
+) -> tuple[KeyValue, list[KeyValue]]:
+    keys, values = (_resize(jnp.take(x, seating.source, axis=0, mode="clip"), 2, length) for x in own)
+    return (_pin_leaf(model, keys), _pin_leaf(model, values)), _pick(model, prompts, seating.prompt)
+
+
+def move_context(model: Model, context: Context, index: np.ndarray) -> Context:
+    """The prompts at ``index`` [R]."""
+    return _move_context(model, context, np.asarray(index, np.int32))
+
+
+@partial(jax.jit, static_argnums=0)
+def _move_context(model: Model, context: Context, index: jax.Array) -> Context:
+    return _pick(model, [context], index)[0]
+
+
+def _pick(model: Model, sources: list[Any], index: jax.Array) -> list[Any]:
+    """The rows at ``index`` of one pytree, or of two whose rows count on; a list of one pytree, or an empty one."""
+    if not sources:
+        return []
+
+    def one(first: jax.Array, second: jax.Array | None = None) -> jax.Array:
+        picked = jnp.take(first, index, axis=0, mode="clip")
+        if second is not None:
+            other = jnp.take(second, index - first.shape[0], axis=0, mode="clip")
+            picked = jnp.where((index < first.shape[0]).reshape(-1, *[1] * (picked.ndim - 1)), picked, other)
+        return _pin_leaf(model, picked)
+
+    return [jax.tree.map(one, *sources)]
 
 
 def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -278,23 +314,6 @@ def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, pad)
-
-
-def move_context(model: Model, sources: Sequence[Context], index: np.ndarray) -> Context:
-    """The prompts at ``index`` [R] of one or two contexts, those of the second counted on from the first's."""
-    arrays = [jax.tree.leaves(source) for source in sources]
-    leaves = [_pick(model, list(parts), np.asarray(index, np.int32)) for parts in zip(*arrays, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(sources[0]), leaves)
-
-
-@partial(jax.jit, static_argnums=0)
-def _pick(model: Model, parts: list[jax.Array], index: jax.Array) -> jax.Array:
-    picked = jnp.take(parts[0], index, axis=0, mode="clip")
-    if len(parts) == 2:
-        first = parts[0].shape[0]
-        other = jnp.take(parts[1], index - first, axis=0, mode="clip")
-        picked = jnp.where((index < first).reshape(-1, *[1] * (picked.ndim - 1)), picked, other)
-    return _pin_leaf(model, picked)
 
 
 def _pin_leaf(model: Model, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 import grpo_jax
 from grpo_jax.mesh import make_mesh
 from grpo_jax.metrics import CompileLog
-from grpo_jax.rollout import Sampling, StaticEngine, generate
+from grpo_jax.rollout import ContinuousEngine, Sampling, generate
 from grpo_jax.rollout.sampling import row_keys, split_ids, uniforms
 from grpo_jax.testing import tiny_model
 from grpo_jax.types import Prompt, Rollout
@@ -99,9 +99,9 @@ def test_contract_4_batches_of_an_engine_and_fewer_samples(tiny):
     asked = [Prompt(i, tuple(p)) for i, p in enumerate(PROMPTS)]
     sampling = Sampling(max_new_tokens=20, stop_ids=(1,))
     call = {"num_samples": 4, "sampling": sampling, "seed": 0, "step": 0}
-    whole = StaticEngine(model, 8).generate(params, asked, **call)
-    cut = StaticEngine(model, 8, max_rows=8).generate(params, asked, **call)
-    wide = StaticEngine(model, 32).generate(params, asked, **call)
+    whole = ContinuousEngine(model, 8).generate(params, asked, **call)
+    cut = ContinuousEngine(model, 8, slots=8).generate(params, asked, **call)
+    wide = ContinuousEngine(model, 32).generate(params, asked, **call)
     assert_same_but_for_boundaries(model, params, whole, cut, range(5), 4)
     assert_same_but_for_boundaries(model, params, whole, wide, range(5), 4)
 
@@ -170,7 +170,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(tiny):
 
 def test_contract_8_lengths_and_contents_compile_nothing_new(tiny):
     model, params = tiny
-    engine = StaticEngine(model, 16, max_rows=12)
+    engine = ContinuousEngine(model, 16, slots=12)
     rng = np.random.default_rng(0)
 
     def call(step: int) -> None:
@@ -196,7 +196,7 @@ def test_refuses_prompts_that_cannot_be_completed(tiny, prompts, message):
 def test_refuses_a_prompt_longer_than_the_engine_and_missing_ids(tiny):
     model, params = tiny
     with pytest.raises(ValueError, match="9 tokens"):
-        StaticEngine(model, 8).generate(
+        ContinuousEngine(model, 8).generate(
             params, [Prompt(0, (2,) * 9)], num_samples=1, sampling=Sampling(), seed=0, step=0
         )
     with pytest.raises(ValueError, match="request_ids"):
