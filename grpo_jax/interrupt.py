@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,10 @@ from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What a terminal sends for Ctrl-C, and what a scheduler sends before it takes the machine away."""
+
+
+TOGETHER = 1.0
+"""Seconds in which signals are one request: launchers pass on what the terminal has sent to all of its group anyway."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,6 +59,7 @@ class Interrupt:
     def __init__(self) -> None:
         """Nothing is installed yet; `with` does it."""
         self._number: int | None = None
+        self._asked = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -78,11 +84,13 @@ class Interrupt:
         return Interrupted(step, directory, self._number or signal.SIGTERM)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.requested:  # a second one does what it would do without us
-            self.__exit__()
-            os.kill(os.getpid(), number)
+        now = time.monotonic()
+        if self.requested:
+            if now - self._asked > TOGETHER:  # a second one does what it would do without us
+                self.__exit__()
+                os.kill(os.getpid(), number)
             return
-        self._number = number
+        self._number, self._asked = number, now
         name = signal.Signals(number).name
         text = f"\n{name}: the step at hand is finished and saved; once more stops at once and loses it\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())  # print is not safe in a handler

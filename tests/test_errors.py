@@ -18,6 +18,7 @@ import jax
 import pytest
 from error_cases import REQUESTS
 
+from grpo_jax.callbacks.lock import LOCK, Lock
 from grpo_jax.cli import main
 from grpo_jax.metrics import JsonLines
 from grpo_jax.testing import tiny_checkpoint, tiny_config
@@ -75,7 +76,7 @@ def moody(prompts, completions, completion_ids, **columns):
 def stopping(prompts, completions, completion_ids, **columns):
     signals = int(Path("signals").read_text()) if Path("signals").exists() else 0
     for number in range(signals):
-        time.sleep(0.5 * number)  # signals that come at the same time are one
+        time.sleep(1.5 * number)  # signals that come together are one
         os.kill(os.getppid(), signal.SIGINT)
     if signals > 1:
         time.sleep(60)
@@ -164,6 +165,16 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 def contents(place: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+
+
+def test_a_directory_that_another_process_uses_is_refused(capsys, directory):
+    (directory / "used").mkdir()
+    other = Lock(directory / "used")
+    with pytest.raises(ValueError, match=f"^output_dir: used is in use by process {os.getpid()} on .*; wait for it, "):
+        Lock(Path("used"))
+    other.close()
+    Lock(directory / "used").close()
+    (directory / "used" / LOCK).unlink()
 
 
 def test_what_is_on_the_disk_stays_safe(capsys, directory):

@@ -25,7 +25,15 @@ def test_the_first_signal_only_asks(number, status, capfd):
     assert f"{number.name}: the step at hand" in capfd.readouterr().err
 
 
-def test_the_second_does_what_it_would_do_without_us():
+def test_signals_that_come_together_are_one_request():
+    with Interrupt() as interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert interrupt.ended(1, Path("run")).status == 130
+
+
+def test_the_second_does_what_it_would_do_without_us(monkeypatch):
+    monkeypatch.setattr("grpo_jax.interrupt.TOGETHER", 0.0)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as caught, Interrupt():
         os.kill(os.getpid(), signal.SIGINT)
