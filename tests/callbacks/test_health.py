@@ -275,6 +275,22 @@ def test_early_stopping_ends_a_run_resumed_or_not(table, values, ends_at, resume
     assert at == ends_at
 
 
+def test_a_real_run_ends_early_and_saves_what_it_has(checkpoint, tmp_path):
+    rows = [{"prompt": f"{a}+1="} for a in range(4)]
+    tables = {
+        "steps": 5,
+        "output_dir": str(tmp_path),
+        "data": {"eval": "given"},
+        "rollout": {"prompts_per_step": 2, "num_samples": 4, "max_new_tokens": 4},
+        "eval": {"every": 1, "stop": {"patience": 1}},
+        "checkpoint": {"every": None},
+        "log": {"quiet": True, "report": False},
+    }
+    config = TrainConfig.from_tables(tables)
+    summary = grpo_jax.Trainer(checkpoint, wrong, rows, rows, config=config).train()  # accuracy stays at 0
+    assert summary["steps"] == 1 and (tmp_path / "checkpoints" / "1").is_dir()
+
+
 def test_early_stopping_on_a_figure_that_is_not_there_names_the_nearest():
     with pytest.raises(ValueError, match=r"eval.stop.metric: got 'eval/acuracy', .* did you mean eval/accuracy\?"):
         EarlyStopping(StopConfig(metric="eval/acuracy", patience=1)).on_eval(Evaluation(0, {"eval/accuracy": 0.5}))
