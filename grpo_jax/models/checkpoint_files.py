@@ -65,11 +65,13 @@ class TensorFiles:
         place, dtype = self.places[name], np.dtype(self.dtype(name))
         value = slot if slot.dtype == dtype else np.empty(slot.shape, dtype)
         row = math.prod(place.shape[1:]) * dtype.itemsize
-        with open(place.file, "rb") as file:
+        left = value.reshape(-1).view(np.uint8).data
+        with open(place.file, "rb", buffering=0) as file:  # a buffer would make large reads ten times slower
             file.seek(place.start + first_row * row)
-            got = file.readinto(value.reshape(-1).view(np.uint8).data)
-        if got != value.nbytes:
-            raise ValueError(f"{place.file}: got {got} bytes of {name}, not {value.nbytes}; it changed; load again")
+            while len(left) and (count := file.readinto(left)):
+                left = left[count:]
+        if len(left):
+            raise ValueError(f"{place.file}: got {len(left)} bytes less of {name} than before; it changed; load again")
         if value is not slot:
             slot[...] = value
 

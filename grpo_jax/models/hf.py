@@ -57,6 +57,9 @@ COPIED = (
 )
 """Files that ``save_hf`` copies from the source where they exist."""
 
+ALIGNMENT = 64
+"""Bytes."""
+
 SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.partial)?")
@@ -215,10 +218,18 @@ def _read(
     target: jax.ShapeDtypeStruct,
 ) -> jax.Array:
     """One parameter, filled in place. ``rows``: a tensor's name and part -> the first row of the part."""
-    buffer = np.empty(target.shape, target.dtype)
+    buffer = _aligned(target.shape, target.dtype)
     for entry in entries:
         tensors.read_into(entry.name, buffer[(*entry.index, ...)], rows[entry.name, entry.part])  # type: ignore[arg-type]
     return transformer.place(buffer, target.sharding)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array at an address that XLA on a CPU takes as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _plan_shards(tensors: list[Tensor], dtypes: dict[str, str], default: str, shard_bytes: int) -> list[list[Tensor]]:
