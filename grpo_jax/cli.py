@@ -78,7 +78,6 @@ def _train(config: TrainConfig, name: str, debug: bool) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     from grpo_jax.callbacks import Callback, Run
-    from grpo_jax.preflight import require_devices
     from grpo_jax.trainer import Trainer
 
     if not debug:
@@ -92,8 +91,6 @@ def _train(config: TrainConfig, name: str, debug: bool) -> None:
 
     place = Place()
     try:
-        if not config.mesh.distributed:  # there, jax must first hear of the other processes
-            require_devices(config.mesh.platform)
         Trainer(config=config, callbacks=[place], name=name).train()
     except BaseException as error:
         if place.directory is not None and (safe := what_is_safe(place.directory)):

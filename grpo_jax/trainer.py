@@ -42,7 +42,7 @@ from grpo_jax.metrics import (
     rollout_metrics,
 )
 from grpo_jax.models import Model, load_model, save_hf
-from grpo_jax.preflight import report, versions
+from grpo_jax.preflight import report, require_devices, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import Sampling, StaticEngine
 from grpo_jax.scoring import Scorer
@@ -138,9 +138,8 @@ class _Watchers:
         for callback in self._all:
             callback.close()
 
-    def start(self, run: Run) -> None:
-        for callback in self._all:
-            callback.on_start(run)
+    def start(self, run: Run) -> bool:
+        return _agreed(any([callback.on_start(run) for callback in self._all]))
 
     def step(self, step: Step) -> bool:
         return _agreed(any([callback.on_step(step) for callback in self._all]))
@@ -224,13 +223,14 @@ class _Run:
         history = () if newest is None or nowhere else tuple(read_json_lines(metrics))
         start = self.record["step"]
         facts = tuple(self.facts)
-        self.watchers.start(Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history))
+        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history)
+        self.ended = self.watchers.start(run)
 
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""
         start, config = self.record["step"], self.config
         with Interrupt() as interrupt:
-            ended = start == 0 and self.evaluate(0)
+            ended = self.ended or (start == 0 and self.evaluate(0))
             for step in range(start, config.steps):
                 if ended:
                     break
@@ -344,6 +344,7 @@ def _check_positions(config: TrainConfig, model: Model, longest: int, prompt_len
 def _configure_jax(config: TrainConfig) -> None:
     if config.mesh.distributed:
         initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
+    require_devices(config.mesh.platform)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
