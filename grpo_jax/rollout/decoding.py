@@ -8,21 +8,12 @@ import jax
 import numpy as np
 
 from grpo_jax.mesh import fetch
-from grpo_jax.models.model import Model, View
+from grpo_jax.models.model import View
+from grpo_jax.rollout.programs import Programs
 from grpo_jax.rollout.requests import Requests, Sampled
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.rollout.shapes import Ladder, Shape, arrange, blocks_needed
-from grpo_jax.rollout.slots import (
-    Context,
-    Seating,
-    Slots,
-    move,
-    move_context,
-    open_slots,
-    prefill,
-    row_key_data,
-    segment,
-)
+from grpo_jax.rollout.slots import Context, Seating, Slots, row_key_data
 from grpo_jax.rollout.stops import StopStrings
 from grpo_jax.types import Rollout
 
@@ -79,7 +70,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: Model,
+        programs: Programs,
         view: View,
         shapes: Ladder,
         asked: Requests,
@@ -87,10 +78,10 @@ class Decoding:
         round_: int,
         decode: Callable[[list[int]], str] | None = None,
     ):
-        """Nothing runs before the first group is asked for.
+        """Nothing decodes before the first group is asked for.
 
         Args:
-            model: static.
+            programs: compiled.
             view: from `Model.decode_view`.
             shapes: that may decode.
             asked: the prompts.
@@ -98,10 +89,9 @@ class Decoding:
             round_: the step that samples.
             decode: token ids to text, needed for stop strings.
         """
-        self._model, self._view, self._ladder, self._asked = model, view, shapes, asked
-        self._sampling, self._rules = sampling, sampling.rules
-        self._stops = StopStrings(sampling.stop_strings, decode)
-        self.sampled = Sampled(asked, sampling.max_new_tokens, self._rules.changed)
+        self._programs, self._view, self._ladder, self._asked = programs, view, shapes, asked
+        self._sampling, self._stops = sampling, StopStrings(sampling.stop_strings, decode)
+        self.sampled = Sampled(asked, sampling.max_new_tokens, sampling.changed)
         self.counts = Counts()
         self._keys = np.asarray(row_key_data(asked.address, np.uint32(round_)))
         self._waiting = 0  # the first row that has had no slot yet
@@ -109,11 +99,11 @@ class Decoding:
         self._length = np.zeros(len(asked.limit), np.int32)  # tokens of each row
         self._pool: Context | None = None  # prompts that were prefilled last, and the first of them
         self._pool_start = -shapes.pool
-        self._shape: Shape | None = None
+        self._shape = shapes.first
         self._slots: Slots | None = None
         self._context: Context | None = None
-        self._seats = np.zeros(0, int)  # the row in each slot; -1 where it is done
-        self._blocks = np.zeros(0, int)  # the prompt of each block of slots; -1 for none
+        self._seats = np.full(self._shape.rows, -1)  # the row in each slot; -1 where there is none or it is done
+        self._blocks = np.full(self._shape.rows // self._shape.group, -1)  # the prompt of each block of slots
 
     def __iter__(self) -> Iterator[Group]:
         """Groups in the order in which they are done."""
@@ -130,18 +120,28 @@ class Decoding:
 
     def _rearrange(self) -> bool:
         """Take rows in, close up, or lengthen the cache where that is due; False when nothing is left to decode."""
-        live = self._seats[self._seats >= 0]
-        new = self._admissible(live)
-        rows = np.concatenate([live, new])
-        if not len(rows):
-            return False
-        longest = int(self._length[rows].max())
-        shape = self._shape
-        if len(new) or shape is None or shape.length <= longest or not self._queued:
-            better = self._ladder.top(longest) if self._queued else self._ladder.fitting(self._counted(rows), longest)
-            if len(new) or shape is None or shape.length <= longest or better.rows < shape.rows:
-                self._move(better, np.sort(rows))
-        return True
+        new = self._admissible()
+        if len(new):
+            self._move(self._shape, np.concatenate([self._live, new]))
+        while len(self._live):
+            target = None
+            if self._length[self._live].max() >= self._shape.length:
+                target = self._ladder.grown(self._shape)
+                assert target is not None
+            elif not self._queued:
+                target = self._ladder.closer(self._shape)
+            if target is None or not self._fits(target):
+                return True
+            self._move(target, self._live)
+        return False
+
+    @property
+    def _live(self) -> np.ndarray:
+        """The rows that decode."""
+        return self._seats[self._seats >= 0]
+
+    def _fits(self, shape: Shape) -> bool:
+        return blocks_needed(self._counted(self._live), shape.group) * shape.group <= shape.rows
 
     @property
     def _queued(self) -> int:
@@ -151,12 +151,12 @@ class Decoding:
         """How many there are of each prompt."""
         return np.unique(rows // self._asked.samples, return_counts=True)[1].tolist()
 
-    def _admissible(self, live: np.ndarray) -> np.ndarray:
+    def _admissible(self) -> np.ndarray:
         """Rows of the queue that get a slot now: in order, of the prompts that are prefilled, enough to be worth it."""
-        slots, samples = self._ladder.slots, self._asked.samples
+        live, slots, samples = self._live, self._ladder.slots, self._asked.samples
         if not self._queued or len(live) > slots - self._ladder.worth:
             return live[:0]
-        group = self._ladder.top(0).group
+        group = self._ladder.first.group
         counts = dict(Counter((live // samples).tolist()))
         blocks, end = blocks_needed(list(counts.values()), group), self._waiting
         last = min(len(self._asked.limit), self._pool_rows())
@@ -168,8 +168,7 @@ class Decoding:
                 blocks += 1
             counts[prompt] = counts.get(prompt, 0) + 1
             end += 1
-        enough = end == last or end - self._waiting >= self._ladder.worth or not len(live)
-        if not enough:
+        if end < last and end - self._waiting < self._ladder.worth and len(live):
             return live[:0]
         new = np.arange(self._waiting, end)
         self._waiting = end
@@ -184,24 +183,30 @@ class Decoding:
             tokens, length = self._asked.tokens[some], self._asked.length[some]
             short = size - len(length)
             tokens = np.pad(tokens, ((0, short), (0, 0)))
-            self._pool = prefill(self._model, self._view, tokens, np.pad(length, (0, short), constant_values=1))
+            length = np.pad(length, (0, short), constant_values=1)
+            self._pool = self._programs("prefill")(self._view, tokens, length)
         return (self._pool_start + size) * samples
 
     def _move(self, shape: Shape, rows: np.ndarray) -> None:
-        seats, blocks = arrange(rows, self._asked.samples, shape)
-        row, prompt = np.maximum(seats, 0), np.maximum(seats, 0) // self._asked.samples
+        """To ``shape``: rows stay where they are when only the cache grows, and close up when not."""
         before = np.full(len(self._asked.limit), -1)
-        before[self._seats[self._seats >= 0]] = np.flatnonzero(self._seats >= 0)
+        before[self._live] = np.flatnonzero(self._seats >= 0)
+        seats, blocks = self._seats, self._blocks
+        stay = shape.grows(self._shape)
+        if not stay:
+            seats, blocks = arrange(np.sort(rows), self._asked.samples, shape)
+        row, prompt = np.maximum(seats, 0), np.maximum(seats, 0) // self._asked.samples
+        source = np.arange(shape.rows) if stay else np.maximum(before[row], 0)
         seating = Seating(
-            source=np.maximum(before[row], 0).astype(np.int32),
+            source=source.astype(np.int32),
             fresh=before[row] < 0,
             token=self._asked.last[prompt],
             limit=self._asked.limit[row],
             keys=self._keys[row],
             prompt=self._sources(blocks),
         )
-        self._settle(shape, seating, same=np.array_equal(blocks, self._blocks))
-        self._shape, self._seats, self._blocks = shape, seats, blocks
+        self._settle(shape, seating, stay)
+        self._shape, self._seats, self._blocks = shape, seats.copy(), blocks
         self.counts.moves += 1
         self.counts.shapes += (shape,)
         if not self._queued:
@@ -210,44 +215,55 @@ class Decoding:
     def _sources(self, blocks: np.ndarray) -> np.ndarray:
         """Where the prompt of each block stands: in a block of now, or counted on from these in the pool."""
         held = {int(prompt): block for block, prompt in enumerate(self._blocks) if prompt >= 0}
-        first = self._pool_start - len(self._blocks)
+        first = self._pool_start - (0 if self._context is None else len(self._blocks))
         return np.asarray([held.get(p, p - first) if p >= 0 else i for i, p in enumerate(blocks.tolist())], np.int32)
 
-    def _settle(self, shape: Shape, seating: Seating, same: bool) -> None:
+    def _settle(self, shape: Shape, seating: Seating, stay: bool) -> None:
         slots, context, pool = self._slots, self._context, self._pool
         self._slots = self._context = None
         if slots is None or context is None:
             assert pool is not None
-            self._slots = open_slots(self._model, shape, self._rules, seating)
-            stays = np.array_equal(seating.prompt, np.arange(self._ladder.pool))
-            self._context = pool if stays else move_context(self._model, pool, seating.prompt)
+            self._slots = self._programs("open", shape)(seating)
+            same = len(seating.prompt) == self._ladder.pool
+            self._context = pool if same else self._programs("seat", shape)(pool, seating.prompt)
             return
-        contexts = [] if same else [context] if pool is None else [context, pool]
-        self._slots, moved = move(self._model, shape, slots, contexts, seating)
-        self._context = context if moved is None else moved
+        contexts = [] if stay else [context] if pool is None else [context, pool]
+        which = (self._shape, shape, len(contexts))
+        small = [(each.length, each.tokens) for each in contexts]
+        rows, small = self._programs("rows", *which)(slots.rows, small, seating)
+        own, prompts = list(slots.cache), [list(each.cache) for each in contexts]
+        del slots, contexts
+        if not stay:
+            del context, pool
+        cache, moved = [], []
+        while own:
+            kind = own[0][0].shape[1], own[0][0].shape[3]
+            program = self._programs("layer", *which, kind)
+            layer, prompt = program(own.pop(0), [each.pop(0) for each in prompts], seating)
+            cache.append(layer)
+            moved += prompt
+        self._slots = Slots(rows, tuple(cache))
+        self._context = context if stay else Context(tuple(moved), *small[0])
 
     def _run(self) -> jax.Array:
         """Start a segment; what it returns is read later."""
-        assert self._shape is not None and self._slots is not None and self._context is not None
-        live = self._seats >= 0
-        rows = self._seats[live]
-        longest = int(self._length[rows].max())
-        steps = min(SEGMENT, self._shape.length - longest)
-        scalars = np.float32(self._sampling.temperature), np.int32(steps), np.int32(self._few(rows, longest))
+        steps = min(SEGMENT, self._shape.length - int(self._length[self._live].max()))
+        scalars = np.float32(self._sampling.temperature), np.int32(steps), np.int32(self._few())
         slots, self._slots = self._slots, None
-        self._slots, status = segment(self._model, self._rules, self._view, self._context, slots, live, *scalars)
+        program = self._programs("segment", self._shape)
+        self._slots, status = program(self._view, self._context, slots, self._seats >= 0, *scalars)
         return status
 
-    def _few(self, rows: np.ndarray, longest: int) -> int:
+    def _few(self) -> int:
         """At how many live rows a look is due: when the queue or a smaller shape may be worth a move."""
-        assert self._shape is not None
+        count = len(self._live)
         if self._queued:
-            return min(self._ladder.slots - self._ladder.worth, len(rows) - self._ladder.worth // 2 - 1)
-        smaller = self._ladder.smaller(self._shape, longest)
-        if smaller is None:
+            return min(self._ladder.slots - self._ladder.worth, count - self._ladder.worth // 2 - 1)
+        closer = self._ladder.closer(self._shape)
+        if closer is None:
             return 0
-        empty = len(self._counted(rows)) * (smaller.group - 1) // 2  # in blocks that are not full
-        return max(0, min(smaller.rows - empty, len(rows) - max(1, smaller.rows // 16)))
+        empty = len(self._counted(self._live)) * (closer.group - 1) // 2  # in blocks that are not full
+        return max(0, min(closer.rows - empty, count - max(1, closer.rows // 16)))
 
     def _read(self, status: jax.Array) -> list[int]:
         """Take in what a segment did; the prompts whose last row is done now."""
@@ -278,7 +294,6 @@ class Decoding:
         return prompts[self._missing[prompts] == 0].tolist()
 
     def _count(self, steps: int, kept: int) -> None:
-        assert self._shape is not None
         self.counts.steps += steps
         self.counts.slot_steps += steps * self._shape.rows
         self.counts.live_steps += kept

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_jax.models.model import Model
+from grpo_jax.models.model import Model, View
 from grpo_jax.rollout.decoding import Decoding
+from grpo_jax.rollout.programs import Programs
 from grpo_jax.rollout.requests import requests
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.rollout.shapes import Ladder, ladder
 from grpo_jax.rollout.slots import row_shards
 from grpo_jax.types import Params, Prompt, Rollout
+
+PROGRAMS: dict[tuple[Model, Sampling, Ladder, int], Programs] = {}
+"""Kept as long as the process lives, as jit keeps its own: engines of one model share what is compiled."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class ContinuousEngine:
         slots: most rows alive at once; None is no limit. More wait in a queue.
         refill: True starts with a queue even where all rows fit; None only where they do not.
         decode: token ids to text, for stop strings.
+        ahead: compile every shape of a kind of call before its first row decodes, so that nothing compiles later.
     """
 
     model: Model
@@ -31,6 +36,7 @@ class ContinuousEngine:
     slots: int | None = None
     refill: bool | None = None
     decode: Callable[[list[int]], str] | None = None
+    ahead: bool = False
 
     def generate(
         self,
@@ -96,7 +102,16 @@ class ContinuousEngine:
         asked = requests(prompts, num_samples, width, sampling.max_new_tokens, seed, seeds, limits)
         shapes = self.shapes(len(prompts), num_samples, sampling.max_new_tokens)
         view = self.model.decode_view(params)
-        return Decoding(self.model, view, shapes, asked, sampling, step, self.decode)
+        compiled = self._compiled(sampling.rules, shapes, width, view)
+        return Decoding(compiled, view, shapes, asked, sampling, step, self.decode)
+
+    def _compiled(self, rules: Sampling, shapes: Ladder, width: int, view: View) -> Programs:
+        key = (self.model, rules, shapes, width)
+        if key not in PROGRAMS:
+            PROGRAMS[key] = Programs(*key, view)
+        if self.ahead:
+            PROGRAMS[key].prepare()
+        return PROGRAMS[key]
 
     def shapes(self, prompts: int, num_samples: int, max_new_tokens: int) -> Ladder:
         """The shapes that such a call may decode in."""

@@ -13,8 +13,8 @@ LONG = 512
 """Beyond so many tokens cache lengths are four times apart instead of twice."""
 FRACTIONS: dict[int, tuple[tuple[float, ...], ...]] = {
     1: ((1, 1 / 2, 1 / 4),),
-    2: ((1, 3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8), (1, 1 / 2, 1 / 4, 3 / 16, 1 / 8, 1 / 16)),
-    3: ((1, 3 / 4, 1 / 2), (1, 1 / 2, 3 / 8, 1 / 4), (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)),
+    2: ((1, 3 / 4, 1 / 2, 1 / 4, 1 / 8), (1, 3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)),
+    3: ((1, 3 / 4, 1 / 2), (1, 3 / 4, 1 / 2, 1 / 4), (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)),
 }
 """Number of cache lengths -> for each the rows, as shares of all. Few rows are left where the cache is long."""
 FEWEST_ROWS = 8
@@ -34,6 +34,10 @@ class Shape:
     rows: int
     length: int
     group: int
+
+    def grows(self, other: "Shape") -> bool:
+        """Whether this is ``other`` with a longer cache, so that every row may stay where it is."""
+        return (self.rows, self.group) == (other.rows, other.group) and self.length > other.length
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,47 @@ class Ladder:
     @property
     def worth(self) -> int:
         """Free slots for which it is worth taking rows in from the queue."""
-        return max(self.top(0).group, self.slots // 8, 1)
+        return max(self.first.group, self.slots // 8, 1)
 
-    def fitting(self, counts: Sequence[int], length: int) -> Shape:
-        """The smallest shape for so many rows of each prompt, the longest of them of ``length`` tokens."""
-        return min(s for s in self.shapes if s.length > length and blocks_needed(counts, s.group) * s.group <= s.rows)
+    @property
+    def lengths(self) -> list[int]:
+        """Of the caches, shortest first."""
+        return sorted({shape.length for shape in self.shapes})
 
-    def top(self, length: int) -> Shape:
-        """The shape of all slots with the shortest cache that goes on from ``length`` tokens."""
-        return min(s for s in self.shapes if s.length > length and s.rows == self.slots)
+    @property
+    def first(self) -> Shape:
+        """Where rows start: all slots, the shortest cache."""
+        return min(s for s in self.shapes if s.rows == self.slots)
 
-    def smaller(self, shape: Shape, length: int) -> Shape | None:
-        """The next one below in rows that could go on from ``length`` tokens."""
-        return max((s for s in self.shapes if s.length > length and s.rows < shape.rows), default=None)
+    def grown(self, shape: Shape) -> Shape | None:
+        """The one to go to when the cache is full: the next length, the fewest rows that are not fewer."""
+        longer = [length for length in self.lengths if length > shape.length]
+        return min((s for s in self.shapes if longer and s.length == longer[0] and s.rows >= shape.rows), default=None)
+
+    def closer(self, shape: Shape) -> Shape | None:
+        """The next one below in rows: of this length, or with none left of the next."""
+        for length in [x for x in self.lengths if x >= shape.length][:2]:
+            below = [s for s in self.shapes if s.length == length and s.rows < shape.rows]
+            if below:
+                return max(below)
+        return None
+
+    @property
+    def moves(self) -> list[tuple[Shape, Shape, int]]:
+        """Every change of shape that may happen: from, to, and from how many contexts the prompts come.
+
+        A cache that grows while all stay where they are leaves the prompts alone; the queue's prompts are a second one.
+        """
+        out = []
+        for shape in self.shapes:
+            grown, closer = self.grown(shape), self.closer(shape)
+            if grown is not None:
+                out.append((shape, grown, 0 if grown.grows(shape) else 1))
+            if closer is not None:
+                out.append((shape, closer, 1))
+            if self.refill and shape.rows == self.slots:
+                out.append((shape, shape, 2))
+        return out
 
 
 def blocks_needed(counts: Sequence[int], group: int) -> int:
@@ -110,13 +142,13 @@ def ladder(
     else:
         raise ValueError(f"rollout.slots: got {slots} for {prompts * samples} rows that start together. Use refill.")
     lengths = cache_lengths(limit)
-    shapes = {
-        _shape(fraction, top, length, group, samples, shards)
-        for length, fractions in zip(lengths, FRACTIONS[len(lengths)], strict=True)
-        for fraction in fractions
-    }
+    shapes: dict[tuple[int, int], Shape] = {}
+    for length, fractions in zip(lengths, FRACTIONS[len(lengths)], strict=True):
+        for fraction in fractions:
+            shape = _shape(fraction, top, length, group, samples, shards)
+            shapes.setdefault((shape.rows, length), shape)  # of equal rows the largest group
     assert len(shapes) <= MOST_SHAPES
-    return Ladder(tuple(sorted(shapes)), samples, pool, refill)
+    return Ladder(tuple(sorted(shapes.values())), samples, pool, refill)
 
 
 def cache_lengths(limit: int) -> list[int]:

@@ -1,13 +1,11 @@
 """Rows that decode together: their state as one donated pytree, and the compiled functions over it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from grpo_jax.models.model import Cache, Model, PromptCache, View
 from grpo_jax.models.transformer import KeyValue
@@ -225,36 +223,11 @@ def open_slots(model: Model, shape: Shape, rules: Sampling, seating: Seating) ->
     return Slots(_pin(model, rows), model.init_cache(shape.rows, shape.length))
 
 
-def move(
-    model: Model, shape: Shape, slots: Slots, contexts: Sequence[Context], seating: Seating
-) -> tuple[Slots, Context | None]:
-    """Rows to slots of another shape, fresh ones beside them, and their prompts to the blocks of those slots.
-
-    A layer at a time, so that one is held twice: the caller must let go of ``slots`` and of the contexts.
-
-    Args:
-        model: static.
-        shape: to go to.
-        slots: where the rows are.
-        contexts: one or two, where the prompts are; none leaves them alone, and None is returned for them.
-        seating: who sits where.
-    """
-    small = [(each.length, each.tokens) for each in contexts]
-    rows, small = _move_rows(model, shape.length, slots.rows, small, seating)
-    own, prompts = list(slots.cache), [list(each.cache) for each in contexts]
-    del slots, contexts
-    cache, context = [], []
-    while own:
-        layer = _move_layer(model, shape.length, own.pop(0), [each.pop(0) for each in prompts], seating)
-        cache.append(layer[0])
-        context += layer[1]
-    return Slots(rows, tuple(cache)), Context(tuple(context), *small[0]) if small else None
-
-
 @partial(jax.jit, static_argnums=(0, 1))
-def _move_rows(
+def move_rows(
     model: Model, length: int, rows: Rows, small: list[tuple[jax.Array, jax.Array]], seating: Seating
 ) -> tuple[Rows, list[tuple[jax.Array, jax.Array]]]:
+    """Rows to other slots, cut or lengthened to ``length`` columns, and the small arrays of their prompts."""
     fresh = seating.fresh
     take = partial(jnp.take, indices=seating.source, axis=0, mode="clip")
 
@@ -275,20 +248,17 @@ def _move_rows(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _move_layer(
+def move_layer(
     model: Model, length: int, own: KeyValue, prompts: list[KeyValue], seating: Seating
 ) -> tuple[KeyValue, list[KeyValue]]:
+    """One layer's own keys and values, and those of the prompts: a layer at a time, so that one is held twice."""
     keys, values = (_resize(jnp.take(x, seating.source, axis=0, mode="clip"), 2, length) for x in own)
     return (_pin_leaf(model, keys), _pin_leaf(model, values)), _pick(model, prompts, seating.prompt)
 
 
-def move_context(model: Model, context: Context, index: np.ndarray) -> Context:
-    """The prompts at ``index`` [R]."""
-    return _move_context(model, context, np.asarray(index, np.int32))
-
-
 @partial(jax.jit, static_argnums=0)
-def _move_context(model: Model, context: Context, index: jax.Array) -> Context:
+def seat_context(model: Model, context: Context, index: jax.Array) -> Context:
+    """The prompts at ``index`` [R]."""
     return _pick(model, [context], index)[0]
 
 
@@ -316,9 +286,13 @@ def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, pad)
 
 
+def axes_of(ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of an array of rows: keys and values have four, everything else is cut by rows only."""
+    return ("batch", "kv_heads", None, None) if ndim == 4 else ("batch", *[None] * (ndim - 1))
+
+
 def _pin_leaf(model: Model, x: jax.Array) -> jax.Array:
-    axes = ("batch", "kv_heads", None, None) if x.ndim == 4 else ("batch", *[None] * (x.ndim - 1))
-    return model.compute.shard(x, *axes)
+    return model.compute.shard(x, *axes_of(x.ndim))
 
 
 def _pin(model: Model, rows: Rows) -> Rows:
