@@ -99,6 +99,29 @@ def test_credit_is_gae_of_the_whole_rollout_with_the_kl_taken_token_by_token():
     assert float(out.figures["kl_in_reward"]) == pytest.approx(0.3 * k1.sum() / ROWS, abs=1e-5)
 
 
+def test_credit_finds_its_way_back_into_the_rows_of_every_update():
+    tables = []
+    for minibatches, batch in ((1, {}), (2, {"rows": "packed", "row_len": 16})):
+        config = config_for("ppo", optim={"minibatches": minibatches}, batch=batch)
+        learning = learning_for(config)
+        collected = collected_for(config)
+        parts, _ = learning._pack(collected)
+        value = [jnp.where(part.sample_ids >= 0, jnp.sin(part.tokens + part.places), 0.0) for part in parts]
+        parts = [replace(part, old_values=x) for part, x in zip(parts, value, strict=True)]
+        lengths = collected.rollout.completion_len
+        parts, scored, _ = learning.creditor.assign(parts, collected.scored, lengths, np.float32(0))
+        back = [learning.creditor.tokens(replace(part, old_values=part.advantages)).values for part in parts]
+        again = [learning.creditor.tokens(replace(part, old_values=part.returns)).values for part in parts]
+        tables.append([np.concatenate(back), np.concatenate(again), scored.advantages])
+        assert all((np.asarray(part.advantages)[np.asarray(part.sample_ids) < 0] == 0).all() for part in parts)
+    for one, other in zip(*tables, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    np.testing.assert_allclose(
+        tables[0][0].sum(1), tables[0][2] * np.maximum(rollout_for().completion_len, 1), atol=1e-4
+    )
+    assert len(np.unique(tables[0][0])) > 20
+
+
 def test_a_shared_trunk_feels_the_value_loss_as_far_as_value_coef_lets_it():
     """The head starts at 0, where the trunk feels nothing; so it is set first."""
     updates, heads = [], []
