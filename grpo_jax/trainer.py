@@ -44,7 +44,7 @@ from grpo_jax.metrics import (
 from grpo_jax.models import Model, load_model, save_hf
 from grpo_jax.preflight import report, require_devices, versions
 from grpo_jax.rewards import RewardPool, TrainerState
-from grpo_jax.rollout import Sampling, StaticEngine
+from grpo_jax.rollout import ContinuousEngine, Sampling
 from grpo_jax.scoring import Scorer
 from grpo_jax.types import Params
 
@@ -190,7 +190,8 @@ class _Run:
             config.rollout.max_new_tokens,
             tuple(sorted(stops)),
         )
-        engine = StaticEngine(self.model, prompt_len, config.rollout.prompts_per_step * config.rollout.num_samples)
+        slots = config.rollout.prompts_per_step * config.rollout.num_samples
+        engine = ContinuousEngine(self.model, prompt_len, slots, ahead=True)
         scorer = Scorer(pool, self.tokenizer, stops, config)
         self.names = tuple(pool.names) if pool else config.reward.functions
         if pool is not None:

@@ -6,10 +6,9 @@ from typing import Protocol
 from grpo_jax.models.model import Model
 from grpo_jax.rollout.engine import ContinuousEngine
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.rollout.static import StaticEngine
 from grpo_jax.types import Params, Prompt, Rollout
 
-__all__ = ["ContinuousEngine", "Engine", "Sampling", "StaticEngine", "generate"]
+__all__ = ["ContinuousEngine", "Engine", "Sampling", "generate"]
 
 
 class Engine(Protocol):

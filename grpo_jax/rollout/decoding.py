@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,6 +114,10 @@ class Decoding:
             yield from map(self._group, ready)  # while the device works
             ready = self._read(status)
         yield from map(self._group, ready)
+
+    def segment_memory(self) -> Any:
+        """What the compiler says of the memory of a decode segment in the first shape."""
+        return self._programs("segment", self._ladder.first).memory_analysis()
 
     def _group(self, prompt: int) -> Group:
         samples = self._asked.samples

@@ -58,7 +58,7 @@ class Programs:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
                 self._compiled.update(zip(missing, workers.map(lambda x: x.compile(), lowered), strict=True))
 
-    def __call__(self, *key: Any) -> Callable[..., Any]:
+    def __call__(self, *key: Any) -> Any:
         """The program of a key, compiled now if it is not yet.
 
         Raises:

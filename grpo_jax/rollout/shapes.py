@@ -10,7 +10,7 @@ MOST_SHAPES = 12
 FIRST_LENGTH = 64
 """Completions up to so many tokens have one cache length: growing a cache that small saves less than it compiles."""
 LONG = 512
-"""Beyond so many tokens cache lengths are four times apart instead of twice."""
+"""From so many tokens on cache lengths are four times apart instead of twice."""
 FRACTIONS: dict[int, tuple[tuple[float, ...], ...]] = {
     1: ((1, 1 / 2, 1 / 4),),
     2: ((1, 3 / 4, 1 / 2, 1 / 4, 1 / 8), (1, 3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)),
@@ -155,7 +155,7 @@ def cache_lengths(limit: int) -> list[int]:
     """At most three lengths up to ``limit``, each a part of the next."""
     lengths = [limit]
     while len(lengths) < len(FRACTIONS) and lengths[0] > FIRST_LENGTH:
-        lengths.insert(0, math.ceil(lengths[0] / (4 if lengths[0] > LONG else 2)))
+        lengths.insert(0, math.ceil(lengths[0] / (4 if lengths[0] >= LONG else 2)))
     return lengths
 
 
