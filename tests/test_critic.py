@@ -99,6 +99,20 @@ def test_credit_is_gae_of_the_whole_rollout_with_the_kl_taken_token_by_token():
     assert float(out.figures["kl_in_reward"]) == pytest.approx(0.3 * k1.sum() / ROWS, abs=1e-5)
 
 
+def test_credit_of_groups_takes_the_kl_of_the_whole_completion_from_its_reward():
+    config = config_for("rloo")
+    draw = np.random.default_rng(4)
+    mask = np.arange(LIMIT) < draw.integers(0, LIMIT + 1, ROWS)[:, None]
+    k1, reward = draw.standard_normal((ROWS, LIMIT)), draw.standard_normal((4, 4))
+    creditor = Creditor(config.algorithm, ROWS, LIMIT, small_model(1)[0].compute.mesh)
+    tokens = Tokens(jnp.asarray(mask), jnp.asarray(mask), jnp.asarray(k1 * mask), None)
+    out = creditor.credit([tokens], reward, np.ones((4, 4), bool), mask.sum(1).reshape(4, 4), None, np.float32(0.3))
+    charged = reward - 0.3 * (k1 * mask).sum(1).reshape(4, 4)
+    expected = (charged - (charged.sum(1, keepdims=True) - charged) / 3).reshape(-1, 1) * mask
+    np.testing.assert_allclose(out.advantages, expected, atol=1e-5)
+    assert out.returns is None and float(out.figures["kl_in_reward"]) == pytest.approx(0.3 * (k1 * mask).sum() / ROWS)
+
+
 def test_credit_finds_its_way_back_into_the_rows_of_every_update():
     tables = []
     for minibatches, batch in ((1, {}), (2, {"rows": "packed", "row_len": 16})):

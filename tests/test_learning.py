@@ -81,7 +81,7 @@ def test_coefficients_and_the_reference_move_resume_exactly_and_compile_nothing(
         "adaptive_entropy": {"target": 9.0, "delta": 0.25},
         "reference_follow": {"every": 1, "alpha": 0.25},
     }
-    config = config_for("grpo", algorithm=tables)
+    config = config_for("grpo", algorithm=tables | {"loss": {"entropy_coef": 0.125}})
     learning = learning_for(config)
     start = jax.tree.map(np.asarray, copied(learning.state))
     assert learning.reference is None and learning.controllers.dials == (np.float32(0.04), np.float32(0))
@@ -90,12 +90,12 @@ def test_coefficients_and_the_reference_move_resume_exactly_and_compile_nothing(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), learning.state.reference, mixed)
     # The first step's KL is 0 to rounding: the coefficient falls by the most that 16 completions of 40 allow.
     assert first["kl_coef"] == pytest.approx(0.04) and first["entropy_coef"] == 0
-    assert learning.controllers.dials == (pytest.approx(0.04 * (1 - 0.2 * 16 / 40)), 0.25)
+    assert learning.controllers.dials == (pytest.approx(0.04 * (1 - 0.2 * 16 / 40)), 0.375)
     saved, record = copied(learning.state), json.loads(json.dumps(learning.controllers.state()))
     with CompileLog() as compiles:
         _, second = learning.train(collected_for(config, 1))
     assert compiles.count == 0
-    assert second["entropy_coef"] == 0.25 and abs(second["kl_per_sequence"]) > 1e-3
+    assert second["entropy_coef"] == 0.375 and abs(second["kl_per_sequence"]) > 1e-3
     error = np.clip(second["kl_per_sequence"] / 1e-4 - 1, -0.2, 0.2)
     assert learning.controllers.kl_coef == pytest.approx(0.0368 * (1 + error * 16 / 40))
     whole = jax.tree.map(np.asarray, copied(learning.state))
@@ -106,8 +106,9 @@ def test_coefficients_and_the_reference_move_resume_exactly_and_compile_nothing(
 
 
 def test_a_step_in_which_no_group_counts_changes_nothing():
-    config = config_for("grpo", algorithm={"adaptive_kl": {"target": 1.0}})
+    config = config_for("grpo", algorithm={"adaptive_kl": {"target": 1.0}, "reference_follow": {"every": 1}})
     learning = learning_for(config)
+    learning.train(collected_for(config))
     before, record = jax.tree.map(np.asarray, copied(learning.state)), learning.controllers.state()
     _, figures = learning.train(collected_for(config, counted=[False] * 4))
     assert figures["skipped_update_count"] == 1

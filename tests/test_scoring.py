@@ -47,6 +47,8 @@ def test_rewards_and_advantages_are_clipped_where_asked():
     plain = collected_for(config_for("bnpo")).scored
     np.testing.assert_allclose(clipped.reward, np.clip(plain.reward, -0.75, 0.75))
     assert np.abs(clipped.advantages).max() == 0.5 < np.abs(plain.advantages).max()
+    greedy = collected_for(config_for("remax", algorithm={"reward_clip": 0.75})).scored.greedy
+    np.testing.assert_array_equal(greedy, np.asarray([0.75, 0.5, np.nan, 0.75], np.float32))
 
 
 def test_groups_that_do_not_count_are_in_no_statistic_and_train_nothing():
@@ -59,6 +61,11 @@ def test_groups_that_do_not_count_are_in_no_statistic_and_train_nothing():
     np.testing.assert_allclose(scored.advantages[kept], (total - total.mean()) / total.std(ddof=1), atol=1e-5)
     assert (scored.advantages[~kept] == 0).all() and not scored.mask[~kept].any() and scored.mask[kept].any()
     assert (scored.valid == (kept.reshape(4, 4) & scored.scored)).all()
+    counted, fewer = (True, True, False, True), rewards.copy()
+    fewer[:, 8:12] = np.nan
+    np.testing.assert_array_equal(
+        judged(config_for("gdpo"), rewards, counted).advantages, judged(config_for("gdpo"), fewer).advantages
+    )
 
 
 def test_soft_overlong_shapes_the_reward_but_not_the_spread_and_the_filter_keeps_rewards():
