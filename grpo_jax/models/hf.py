@@ -7,6 +7,7 @@ time, and a shard's tensors are held until it is written.
 
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -56,9 +57,6 @@ COPIED = (
     GENERATION,
 )
 """Files that ``save_hf`` copies from the source where they exist."""
-
-ALIGNMENT = 64
-"""Bytes."""
 
 SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
@@ -218,18 +216,20 @@ def _read(
     target: jax.ShapeDtypeStruct,
 ) -> jax.Array:
     """One parameter, filled in place. ``rows``: a tensor's name and part -> the first row of the part."""
-    buffer = _aligned(target.shape, target.dtype)
+    buffer = _fresh(target.shape, target.dtype)
     for entry in entries:
         tensors.read_into(entry.name, buffer[(*entry.index, ...)], rows[entry.name, entry.part])  # type: ignore[arg-type]
     return transformer.place(buffer, target.sharding)
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array at an address that XLA on a CPU takes as it is, without a copy."""
+def _fresh(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of zeros in pages of its own, which XLA on a CPU takes as they are, without a copy.
+
+    NumPy asks for huge pages, and waiting for them took most of the time of a load (docs/MODELS.md).
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8)[:size].view(dtype).reshape(shape)
 
 
 def _plan_shards(tensors: list[Tensor], dtypes: dict[str, str], default: str, shard_bytes: int) -> list[list[Tensor]]:

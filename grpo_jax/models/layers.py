@@ -5,6 +5,7 @@ checkpoint's target and the loader's checks all derive from it. Modules are spli
 passes see weights already cast to the compute dtype.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -95,8 +96,15 @@ class Linear(nnx.Module):
         return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
 
     def _product(self, x: jax.Array, kernel: jax.Array, ndim: int, out: Any) -> jax.Array:
-        last = tuple(range(x.ndim - ndim, x.ndim)), tuple(range(kernel.ndim - ndim, kernel.ndim))
-        return self.compute.dot(x, kernel, last, out=out)
+        if kernel.ndim == 2 or self.compute.mesh.shape["tensor"] > 1:
+            last = tuple(range(x.ndim - ndim, x.ndim)), tuple(range(kernel.ndim - ndim, kernel.ndim))
+            return self.compute.dot(x, kernel, last, out=out)
+        # As matrices: for a kernel of more axes XLA's CPU backend copies the whole weight into another order first,
+        # at every decode step. Cut over ``tensor``, merging axes would move it between devices instead.
+        rows, size = x.shape[: x.ndim - ndim], math.prod(kernel.shape[kernel.ndim - ndim :])
+        matrix, last = kernel.reshape(-1, size), ((len(rows),), (1,))
+        y = self.compute.dot(x.reshape(*rows, size), matrix, last, out=out)
+        return y.reshape(*rows, *kernel.shape[: kernel.ndim - ndim])
 
 
 class RMSNorm(nnx.Module):
