@@ -93,8 +93,26 @@ class RolloutConfig(Section):
     """Sample among the k most likely tokens only."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Sample among the fewest tokens that hold this probability together."""
+    min_p: float | None = Field(default=None, gt=0, le=1)
+    """Sample among the tokens at least this share as likely as the likeliest."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Divides the positive and multiplies the negative logits of tokens in the text so far; 1 is none."""
+    presence_penalty: FiniteFloat = 0.0
+    """Taken from the logits of tokens in the completion so far; 0 is none."""
+    min_tokens: int = Field(default=0, ge=0)
+    """No stop token before a completion has so many tokens."""
     stop_token_ids: tuple[int, ...] | None = None
     """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, with the token that completes them."""
+    banned_token_ids: tuple[int, ...] = ()
+    """Tokens that are never sampled."""
+    slots: PositiveInt | None = None
+    """Completions that decode at once, others wait in a queue; none: a step's all, or what kv_memory_mb holds."""
+    kv_memory_mb: PositiveInt | None = None
+    """MiB for keys and values on all devices together, which bound the slots; none: no bound."""
+    schedule: Literal["auto", "cohort", "refill"] = "auto"
+    """cohort: a step's completions start together. refill: freed slots are given on. auto: cohort where all fit."""
 
 
 class RewardConfig(Section):

@@ -44,7 +44,7 @@ from grpo_jax.metrics import (
 from grpo_jax.models import Model, load_model, save_hf
 from grpo_jax.preflight import report, require_devices, versions
 from grpo_jax.rewards import RewardPool, TrainerState
-from grpo_jax.rollout import ContinuousEngine, Sampling
+from grpo_jax.rollout import engine_from, sampling_from
 from grpo_jax.scoring import Scorer
 from grpo_jax.types import Params
 
@@ -183,15 +183,8 @@ class _Run:
         prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         _check_positions(config, self.model, longest, prompt_len)
         stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
-        sampling = Sampling(
-            config.rollout.temperature,
-            config.rollout.top_k,
-            config.rollout.top_p,
-            config.rollout.max_new_tokens,
-            tuple(sorted(stops)),
-        )
-        slots = config.rollout.prompts_per_step * config.rollout.num_samples
-        engine = ContinuousEngine(self.model, prompt_len, slots, ahead=True)
+        sampling = sampling_from(config.rollout, stops)
+        engine = engine_from(config.rollout, self.model, prompt_len, self.tokenizer)
         scorer = Scorer(pool, self.tokenizer, stops, config)
         self.names = tuple(pool.names) if pool else config.reward.functions
         if pool is not None:

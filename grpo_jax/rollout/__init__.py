@@ -6,9 +6,10 @@ from typing import Protocol
 from grpo_jax.models.model import Model
 from grpo_jax.rollout.engine import ContinuousEngine
 from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.rollout.setup import engine_from, sampling_from
 from grpo_jax.types import Params, Prompt, Rollout
 
-__all__ = ["ContinuousEngine", "Engine", "Sampling", "generate"]
+__all__ = ["ContinuousEngine", "Engine", "Sampling", "engine_from", "generate", "sampling_from"]
 
 
 class Engine(Protocol):

@@ -48,7 +48,9 @@ def test_contract_4_slots_and_schedule_change_no_token(tiny, static, options):
 def test_groups_come_when_they_are_done(tiny, options):
     model, params = tiny
     engine = ContinuousEngine(model, 16, **options)
-    whole, call = engine.generate(params, ASKED, **CALL), engine.stream(params, ASKED, **CALL)
+    limits = np.repeat([70, 20, 10, 60, 40], SAMPLES)
+    whole = engine.generate(params, ASKED, limits=limits, **CALL)
+    call = engine.stream(params, ASKED, limits=limits, **CALL)
     seen, steps = [], []
     for group in call:
         seen.append(group.prompt)
@@ -57,7 +59,7 @@ def test_groups_come_when_they_are_done(tiny, options):
         np.testing.assert_array_equal(group.rollout.tokens, expected.tokens)
         np.testing.assert_array_equal(group.rollout.sampler_logp, expected.sampler_logp)
         np.testing.assert_array_equal(group.rollout.finish, expected.finish)
-    assert sorted(seen) == list(range(5)) and steps[0] < call.counts.steps
+    assert sorted(seen) == list(range(5)) and steps[0] < steps[-1] == call.counts.steps
     assert call.counts.live_steps == whole.completion_len.sum()
     assert call.counts.live_steps <= call.counts.slot_steps and call.counts.moves == len(call.counts.shapes) > 2
     assert all(shape in engine.shapes(5, SAMPLES, LIMIT).shapes for shape in call.counts.shapes)

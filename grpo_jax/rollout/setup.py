@@ -1,0 +1,73 @@
+"""A run's ``rollout`` table -> what samples, and how."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import RolloutConfig
+from grpo_jax.models.model import Model
+from grpo_jax.rollout.engine import ContinuousEngine
+from grpo_jax.rollout.sampling import Sampling
+
+
+def sampling_from(config: RolloutConfig, stop_ids: Iterable[int]) -> Sampling:
+    """What a run draws from; ``stop_ids`` end a completion.
+
+    Raises:
+        ValueError: fields that do not go together.
+    """
+    try:
+        return Sampling(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=tuple(sorted(set(stop_ids))),
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            presence_penalty=config.presence_penalty,
+            min_tokens=config.min_tokens,
+            stop_strings=config.stop_strings,
+            banned_ids=config.banned_token_ids,
+        )
+    except ValueError as error:
+        raise ValueError(f"rollout.{error}") from error
+
+
+def engine_from(config: RolloutConfig, model: Model, prompt_len: int, tokenizer: Any) -> ContinuousEngine:
+    """The engine of a run, all its shapes compiled before the first completion.
+
+    Args:
+        config: its table.
+        model: what samples.
+        prompt_len: tokens to which prompts are padded.
+        tokenizer: reads completions where there are stop strings.
+
+    Raises:
+        ValueError: a memory that holds no completion, or slots too few for the schedule.
+    """
+    rows = config.prompts_per_step * config.num_samples
+    slots = min(config.slots or rows, rows)
+    if config.kv_memory_mb is not None:
+        one = (prompt_len + config.max_new_tokens) * token_bytes(model)
+        slots = min(slots, config.kv_memory_mb * 2**20 // one)
+        if slots < 1:
+            raise ValueError(
+                f"rollout.kv_memory_mb: got {config.kv_memory_mb}, and the longest completion with its prompt needs "
+                f"{one / 2**20:.1f} MiB. Raise it, or lower rollout.max_new_tokens."
+            )
+    if config.schedule == "cohort" and slots < rows:
+        raise ValueError(
+            f"rollout.schedule: got cohort with {slots} slots for {rows} completions, which cannot start together. "
+            "Use refill or auto, or raise rollout.slots and rollout.kv_memory_mb."
+        )
+    # Evaluation may ask for more rows than a step has; those wait in a queue whatever the schedule.
+    refill = True if config.schedule == "refill" else None
+    return ContinuousEngine(model, prompt_len, slots, refill, tokenizer.decode, ahead=True)
+
+
+def token_bytes(model: Model) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in model.spec.layers)
+    return numbers * np.dtype(model.dtype).itemsize
