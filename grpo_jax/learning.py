@@ -60,7 +60,7 @@ def make_learner(config: TrainConfig, model: Model, layout: Layout, critic: Crit
     return Learner(
         model=model,
         loss=config.loss,
-        optimizer=make_optimizer(config.optim, updates, model.decay_mask),
+        optimizer=make_optimizer(config.optim, updates, model.trained(model.decay_mask)),
         schedule=learning_rate(config.optim, updates),
         scored_len=config.rollout.max_new_tokens if padded else layout.row_len,
         temperature=config.rollout.temperature,
@@ -147,7 +147,9 @@ class Learning:
         self.state: TrainState = self.learner.init(params)
         if self.critic is not None:
             self.state = replace(self.state, critic=self.critic.init(params))
-        self.reference: Params | None = params if config.loss.kl_coef != 0 else None
+        self.reference: Params | None = params if config.loss.kl_coef != 0 and model.lora is None else None
+        # With adapters the frozen base is the reference: no second copy.
+        self._base = replace(self.learner, model=model.base) if config.loss.kl_coef != 0 and model.lora else None
         if self.learner.follow is not None:
             self.state = replace(self.state, reference=jax.tree.map(jnp.copy, params))
             self.reference = None
@@ -156,24 +158,28 @@ class Learning:
     @property
     def params(self) -> Params:
         """The policy's parameters, as they are now."""
-        return self.state.params
+        return self.learner.params(self.state)
 
     def keep_reference(self, store: CheckpointStore) -> None:
-        """Write the reference beside the checkpoints, once; a resumed run reads it back."""
-        if self.reference is not None:
-            store.save_reference(self.reference)
+        """Write the reference, or the base under adapters, beside the checkpoints once; a resumed run reads it back."""
+        kept = self.reference if self.state.frozen is None else self.state.frozen
+        if kept is not None:
+            store.save_reference(kept)
 
     def restore(self, store: CheckpointStore, step: int) -> dict[str, Any]:
         """Go on from the checkpoint of a step; returns the rest of its record."""
-        self.state, record = store.restore(step, self.state)
+        frozen = self.state.frozen
+        self.state, record = store.restore(step, replace(self.state, frozen=None))
         self.controllers.restore(record["controllers"])
         if self.reference is not None:
             self.reference = store.restore_reference(self.reference)
+        if frozen is not None:
+            self.state = replace(self.state, frozen=store.restore_reference(frozen))
         return record
 
     def save(self, store: CheckpointStore, step: int, record: dict[str, Any]) -> None:
-        """Write the state and the record as one checkpoint."""
-        store.save(step, self.state, record | {"controllers": self.controllers.state()})
+        """Write the state and the record as one checkpoint; a frozen base is written beside them, once."""
+        store.save(step, replace(self.state, frozen=None), record | {"controllers": self.controllers.state()})
 
     def train(self, batch: Collected) -> tuple[Collected, dict[str, float]]:
         """Every update on one rollout.
@@ -216,10 +222,12 @@ class Learning:
         """Add old_logp when the rollout is trained on more than once, ref_logp with a KL, old_values with a critic."""
         state = self.state
         if self.config.updates_per_step > 1:
-            batch = replace(batch, old_logp=self.learner.logprobs(state.params, batch))
+            batch = replace(batch, old_logp=self.learner.logprobs(self.params, batch))
         reference = self.reference if state.reference is None else state.reference
         if reference is not None:
             batch = replace(batch, ref_logp=self.learner.logprobs(reference, batch))
+        if self._base is not None:
+            batch = replace(batch, ref_logp=self._base.logprobs(state.frozen, batch))
         if self.critic is not None and state.critic is not None:
             batch = replace(batch, old_values=self.critic.values(state.critic.params, state.params, batch))
         return batch

@@ -74,11 +74,26 @@ class Learner:
     critic: Critic | None = None
     follow: tuple[float, int] | None = None
 
-    @partial(jax.jit, static_argnums=0)
+    @property
+    def shardings(self) -> Params:
+        """Of what is trained."""
+        return self.model.trained(self.model.param_shardings)
+
     def init(self, params: Params) -> TrainState:
-        """The state before the first update; the optimizer's is sharded like the parameters."""
-        state = TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
-        return constrain(self.optimizer, state, self.model.param_shardings)
+        """The state before the first update; the optimizer's is sharded like what is trained.
+
+        A frozen base is not copied: the first update donates it with the rest of the state.
+        """
+        return replace(self._init(self.model.trained(params)), frozen=self.model.frozen(params))
+
+    @partial(jax.jit, static_argnums=0)
+    def _init(self, trained: Params) -> TrainState:
+        state = TrainState(trained, self.optimizer.init(trained), jnp.zeros((), jnp.int32))
+        return constrain(self.optimizer, state, self.shardings)
+
+    def params(self, state: TrainState) -> Params:
+        """The policy's parameters: what is trained, and the base it is trained on."""
+        return self.model.joined(state.params, state.frozen)
 
     @partial(jax.jit, static_argnums=0)
     def logprobs(self, params: Params, batch: TrainBatch) -> jax.Array:
@@ -107,12 +122,12 @@ class Learner:
         segments = batch.segment_ids if self.segmented else None
         counts = Counts(algo.denominators(self.loss, batch.mask, segments=segments, sequences=sequences))
         trained = {"policy": state.params}
-        shardings = {"policy": self.model.param_shardings}
+        shardings = {"policy": self.shardings}
         if self.critic is not None:
             assert state.critic is not None
             counts = counts._replace(values=self.critic.count(batch))
             trained, shardings = trained | state.critic.params, shardings | self.critic.shardings
-        loss = partial(self._loss, counts=counts, dials=dials)
+        loss = partial(self._loss, frozen=state.frozen, counts=counts, dials=dials)
         parts = self._split((batch, self._choose(state, batch)))
         gradient = accumulate(lambda params, part: loss(params, *part), trained, parts, shardings)
         fine = gradient.fine(gradient.of) & (counts.policy.tokens > 0)
@@ -122,7 +137,7 @@ class Learner:
             "learning_rate": (jnp.asarray(self.schedule(state.step), jnp.float32), one),
             "skipped_update_count": (1.0 - fine, jnp.zeros((), jnp.float32)),
         }
-        new = apply(self.optimizer, state, gradient.of["policy"], fine, self.model.param_shardings)
+        new = apply(self.optimizer, state, gradient.of["policy"], fine, self.shardings)
         if self.critic is not None and state.critic is not None:
             head = {"head": gradient.of["head"]}
             critic, more = self.critic.step(state.critic, gradient, head, fine)
@@ -133,7 +148,7 @@ class Learner:
         """The tokens that a statistic of the whole step picks, from a pass without gradient; None if none does."""
         if not self.loss.chooses:
             return None
-        logp, entropy = join(jax.lax.map(lambda part: self._score(state.params, part), self._split(batch)))
+        logp, entropy = join(jax.lax.map(lambda part: self._score(self.params(state), part), self._split(batch)))
         return algo.choose(
             self.loss,
             batch.mask,
@@ -157,10 +172,17 @@ class Learner:
         return replace(state, reference=jax.lax.with_sharding_constraint(reference, self.model.param_shardings))
 
     def _loss(
-        self, trained: Params, batch: TrainBatch, choice: algo.Choice | None, counts: Counts, dials: Dials
+        self,
+        trained: Params,
+        batch: TrainBatch,
+        choice: algo.Choice | None,
+        frozen: Params | None,
+        counts: Counts,
+        dials: Dials,
     ) -> tuple[jax.Array, tuple[Sums, dict]]:
-        hidden = self._hidden(trained["policy"], batch)
-        logp, entropy = self._read(trained["policy"], hidden, batch)
+        policy = self.model.joined(trained["policy"], frozen)
+        hidden = self._hidden(policy, batch)
+        logp, entropy = self._read(policy, hidden, batch)
         old_logp = jax.lax.stop_gradient(logp) if batch.old_logp is None else batch.old_logp
         loss, sums = algo.policy_loss(
             logp,

@@ -131,6 +131,7 @@ class TrainState:
         step: scalar int32, optimizer updates applied.
         critic: of the critic, its parameters a head [D] and, unless it shares the policy's, a trunk; None without.
         reference: a reference that follows the policy; None where it stays what the run started from.
+        frozen: the base's parameters where adapters are trained, and ``params`` are those alone; None without.
     """
 
     params: Params
@@ -138,3 +139,4 @@ class TrainState:
     step: jax.Array
     critic: "TrainState | None" = None
     reference: Params | None = None
+    frozen: Params | None = None
