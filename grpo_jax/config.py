@@ -29,6 +29,25 @@ from grpo_jax.functions import load_function
 Dtype = Literal["float32", "bfloat16"]
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, which alone are trained: W + alpha / rank * B A on some linear maps of each layer."""
+
+    rank: PositiveInt | None = None
+    """Inner width of an adapter; none trains all parameters."""
+    alpha: PositiveFloat = 32.0
+    """Their product is scaled by alpha / rank."""
+    targets: tuple[Literal["q", "k", "v", "out", "gate", "up", "down"], ...] = (
+        "q",
+        "k",
+        "v",
+        "out",
+        "gate",
+        "up",
+        "down",
+    )
+    """Linear maps that have adapters; a mixture of experts takes those of attention: q, k, v, out."""
+
+
 class ModelConfig(Section):
     """The model and its arithmetic."""
 
@@ -44,6 +63,7 @@ class ModelConfig(Section):
     """Precision of every matrix product; none: highest for float32, default for bfloat16."""
     remat: Literal["full", "attention"] | None = None
     """What the backward pass computes again instead of storing; none stores everything."""
+    lora: LoraConfig = LoraConfig()
 
 
 class DataConfig(Section):
@@ -187,6 +207,8 @@ class MeshConfig(Section):
     """Devices over which rows and parameters are split."""
     tensor: int = 1
     """Devices over which heads, hidden units and the vocabulary are split."""
+    expert: int = 1
+    """Devices over which a mixture's experts are split."""
     distributed: bool = False
     """Join the processes of several hosts first; start the same command on each. Needs output_dir, on a shared disk."""
     coordinator: str | None = None

@@ -25,6 +25,7 @@ def refusals(config: TrainConfig) -> list[Refusal]:
         *_rewards(config),
         *_advantages(config),
         *_critic(config),
+        *_adapters(config),
         *_moving(config),
     ]
 
@@ -175,6 +176,23 @@ def _critic(config: TrainConfig) -> list[Refusal]:
             algorithm.has_critic and (loss.ratio_level != "token" or loss.surrogate in PER_SEQUENCE),
             f"surrogate {loss.surrogate!r} at ratio_level {loss.ratio_level!r} has one weight for a whole completion, "
             "and gae gives each token an advantage of its own. Use a token ratio, such as ppo_clip's.",
+        ),
+    ]
+
+
+def _adapters(config: TrainConfig) -> list[Refusal]:
+    adapted = config.model.lora.rank is not None
+    return [
+        (
+            "model.lora.rank",
+            adapted and config.algorithm.has_critic,
+            "trains adapters alone, and gae's critic trains a transformer. Set it none, or use an advantage without "
+            "critic.",
+        ),
+        (
+            "model.lora.rank",
+            adapted and config.algorithm.reference_follow.every is not None,
+            "has the frozen base as its reference, and algorithm.reference_follow moves the reference. Leave one out.",
         ),
     ]
 

@@ -58,8 +58,11 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
         layout: of its updates.
         prompt_len: tokens to which prompts are padded.
     """
-    parameters = sum(_shard_bytes(x) for x in jax.tree.leaves(model.abstract_params))
-    wide = np.dtype("float32").itemsize / np.dtype(model.param_dtype).itemsize
+    parameters, trained = (
+        sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
+        for tree in (model.abstract_params, model.trained(model.abstract_params))
+    )
+    wide = 1 if model.lora else np.dtype("float32").itemsize / np.dtype(model.param_dtype).itemsize
     narrow = np.dtype(model.dtype).itemsize / np.dtype(model.param_dtype).itemsize
     rows = config.rollout.prompts_per_step * config.rollout.num_samples
     shards = model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
@@ -68,9 +71,9 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
     prompts = config.rollout.prompts_per_step * prompt_len
     return {
         "parameters": parameters,
-        "optimizer": 2 * parameters,
-        "gradient": int(parameters * wide),
-        "reference": parameters if config.loss.kl_coef else 0,
+        "optimizer": 2 * trained,
+        "gradient": int(trained * wide),
+        "reference": parameters if config.loss.kl_coef and model.lora is None else 0,
         "critic": 3 * parameters if config.algorithm.has_critic and not config.critic.shared_trunk else 0,
         "decode view": int(parameters * narrow * model.compute.mesh.shape["fsdp"]),
         "KV cache": (rows * config.rollout.max_new_tokens + prompts) * token // shards,

@@ -28,7 +28,7 @@ from grpo_jax.data import (
 )
 from grpo_jax.evaluator import Evaluator
 from grpo_jax.interrupt import Interrupt
-from grpo_jax.learning import Learning, layout_of
+from grpo_jax.learning import Learning, adapted, layout_of
 from grpo_jax.mesh import anywhere, from_first, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,
@@ -355,15 +355,18 @@ def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction])
 
 
 def _load(config: TrainConfig, source: Path) -> tuple[Model, Params]:
-    table = config.model
-    return load_model(
+    table, mesh = config.model, config.mesh
+    model, params = load_model(
         source,
         dtype=table.dtype,
-        mesh=make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
+        mesh=make_mesh(mesh.data, mesh.fsdp, mesh.tensor, mesh.expert),
         param_dtype=table.param_dtype,
         precision=table.matmul_precision,
         remat=table.remat or "none",
+        longest=config.data.max_prompt_len + config.rollout.max_new_tokens,
     )
+    model = adapted(model, table.lora)
+    return model, params if model.lora is None else model.joined(model.init_adapters(config.seed), params)
 
 
 def _qualified(function: RewardFunction) -> str:

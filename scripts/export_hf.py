@@ -1,10 +1,11 @@
 """Write a checkpoint of a run as a Hugging Face directory.
 
-    python scripts/export_hf.py RUN [--step K] [--out DIR] [--dtype bfloat16]
+    python scripts/export_hf.py RUN [--step K] [--out DIR] [--dtype bfloat16 | --peft]
 
 RUN is the run's directory; K a step that it kept, by default the newest. DIR is by default RUN/hf-K. The tensors have
 the dtype of the model that the run started from, or --dtype; config.json, tokenizer, chat template and
-generation_config.json are copied from it.
+generation_config.json are copied from it. Adapters (model.lora) are merged into it, or with --peft written as a
+directory that the peft library loads.
 """
 
 import argparse
@@ -14,17 +15,20 @@ from pathlib import Path
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import resolve_model
-from grpo_jax.models import read_model, save_hf
+from grpo_jax.learning import adapted
+from grpo_jax.models import read_model, save_hf, save_peft
 from grpo_jax.rundir import CHECKPOINTS, CONFIG
 
 
-def export(run: Path, step: int | None = None, out: Path | None = None, dtype: str | None = None) -> Path:
+def export(
+    run: Path, step: int | None = None, out: Path | None = None, dtype: str | None = None, peft: bool = False
+) -> Path:
     """Write the checkpoint of ``step`` (default: the newest) to ``out`` (default: run/hf-step); returns where."""
     if not (run / CONFIG).is_file() or not (run / CHECKPOINTS).is_dir():
         raise ValueError(f"{run}: got a directory without {CONFIG} and {CHECKPOINTS}; it is no run; check the path")
     config = TrainConfig.from_toml(run / CONFIG)
     source = resolve_model(config.model.path, config.model.revision)
-    model = read_model(source, param_dtype=config.model.param_dtype)
+    model = adapted(read_model(source, param_dtype=config.model.param_dtype), config.model.lora)
     store = CheckpointStore(run, keep=None)
     steps = store.steps()
     if (step is not None and step not in steps) or not steps:
@@ -32,7 +36,12 @@ def export(run: Path, step: int | None = None, out: Path | None = None, dtype: s
         raise ValueError(f"{run}: got no checkpoint of step {step}; there are: {listed}; give one of them as --step")
     step = steps[-1] if step is None else step
     target = run / f"hf-{step}" if out is None else out
-    save_hf(model, store.restore_params(step, model.abstract_params), target, source=source, dtype=dtype)
+    trained = store.restore_params(step, model.trained(model.abstract_params))
+    if peft:
+        save_peft(model, trained, target, base=str(source))
+    else:
+        frozen = None if model.lora is None else store.restore_reference(model.base.abstract_params)
+        save_hf(model, model.joined(trained, frozen), target, source=source, dtype=dtype)
     store.close()
     return target
 
@@ -43,9 +52,10 @@ def main() -> int:
     parser.add_argument("--step", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dtype")
+    parser.add_argument("--peft", action="store_true")
     arguments = parser.parse_args()
     try:
-        print(export(arguments.run, arguments.step, arguments.out, arguments.dtype))
+        print(export(arguments.run, arguments.step, arguments.out, arguments.dtype, arguments.peft))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

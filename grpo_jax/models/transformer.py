@@ -131,14 +131,13 @@ class Layout:
         """For each layer [...] int32 -> its rotation. ``longest`` bounds the texts' lengths by the arrays' shapes.
 
         Raises:
-            ValueError: texts may be longer than those the frequencies are for.
+            ValueError: nothing was said of the texts' lengths, and they may be longer than the frequencies are for.
         """
         for rotary, _ in self.rotaries:
-            limit = max(rotary.original_len, self.longest)
-            if rotary.by_length and longest > limit:
+            if rotary.by_length and not self.longest and longest > rotary.original_len:
                 raise ValueError(
-                    f"got texts of up to {longest} tokens; the {rotary.kind} rotary has other frequencies beyond "
-                    f"{limit}; give the longest text's length as `longest` to load_model, or keep texts shorter"
+                    f"got rows of {longest} tokens; the {rotary.kind} rotary has other frequencies for texts longer "
+                    f"than {rotary.original_len}; give the longest text's length as `longest` to load_model"
                 )
         made = {key: rotation(*key, positions, self.longest) for key in self.rotaries}
         return {x: None if x.rotary is None else made[x.rotary, x.head_dim] for x in self.layers}

@@ -188,12 +188,10 @@ def test_a_text_too_long_for_its_frequencies_is_refused():
     fields = {"model_type": "llama", "max_position_embeddings": 8, "rope_parameters": rope}
     model, params = random_model(**fields, num_hidden_layers=1)
     model.logits(params, random_tokens((1, 8)))
-    with pytest.raises(ValueError, match="up to 9 tokens; the dynamic rotary has other frequencies beyond 8"):
+    with pytest.raises(ValueError, match="rows of 9 tokens; the dynamic rotary has other frequencies .* than 8"):
         model.logits(params, random_tokens((1, 9)))
     told = Model(replace(model.spec, longest=12))
     assert told.logits(params, random_tokens((1, 12))).shape == (1, 12, 61)
-    with pytest.raises(ValueError, match="beyond 12"):
-        told.logits(params, random_tokens((1, 13)))
 
 
 def test_specs_are_values():
