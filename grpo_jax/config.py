@@ -63,6 +63,8 @@ class ModelConfig(Section):
     """Precision of every matrix product; none: highest for float32, default for bfloat16."""
     remat: Literal["full", "attention"] | None = None
     """What the backward pass computes again instead of storing; none stores everything."""
+    router_coef: NonNegativeFloat = 0.0
+    """Factor of the load-balance loss of a mixture of experts, over the trained tokens; other models have none."""
     lora: LoraConfig = LoraConfig()
 
 

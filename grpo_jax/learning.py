@@ -74,6 +74,7 @@ def make_learner(config: TrainConfig, model: Model, layout: Layout, critic: Crit
         seed=config.seed,
         critic=critic if critic is not None and critic.shared else None,
         follow=None if follow.every is None else (follow.alpha, follow.every),
+        router_coef=config.model.router_coef if model.spec.experts else 0.0,
     )
 
 

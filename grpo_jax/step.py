@@ -16,7 +16,7 @@ import optax
 from grpo_jax import algo
 from grpo_jax.algo.spec import LossConfig
 from grpo_jax.critic import Critic
-from grpo_jax.models.model import Model
+from grpo_jax.models import Model, Routed, balance_loss, router_metrics
 from grpo_jax.optimizer import Sums, accumulate, apply, constrain, join, split
 from grpo_jax.types import Params, TrainBatch, TrainState
 
@@ -38,10 +38,17 @@ OWN = Dials()
 
 
 class Counts(NamedTuple):
-    """What a microbatch is told of its whole optimizer step: the policy's denominators, and the critic's tokens."""
+    """What a microbatch is told of its whole optimizer step.
+
+    Attributes:
+        policy: denominators of its loss.
+        values: tokens of the critic's.
+        load: [layers, E], of the trained tokens, where the router has a loss.
+    """
 
     policy: algo.Denominators
     values: jax.Array | None = None
+    load: jax.Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +67,7 @@ class Learner:
         seed: with an update's number the address of what the loss draws (clip_cov).
         critic: one that shares the policy's trunk and is trained with it; None without.
         follow: alpha and every of a reference that follows the policy; None where it stays.
+        router_coef: factor of the load-balance loss of a mixture of experts; 0 leaves it out.
     """
 
     model: Model
@@ -73,6 +81,7 @@ class Learner:
     seed: int = 0
     critic: Critic | None = None
     follow: tuple[float, int] | None = None
+    router_coef: float = 0.0
 
     @property
     def shardings(self) -> Params:
@@ -127,6 +136,8 @@ class Learner:
             assert state.critic is not None
             counts = counts._replace(values=self.critic.count(batch))
             trained, shardings = trained | state.critic.params, shardings | self.critic.shardings
+        if self.router_coef:
+            counts = counts._replace(load=self._load(self.params(state), batch))
         loss = partial(self._loss, frozen=state.frozen, counts=counts, dials=dials)
         parts = self._split((batch, self._choose(state, batch)))
         gradient = accumulate(lambda params, part: loss(params, *part), trained, parts, shardings)
@@ -181,7 +192,7 @@ class Learner:
         dials: Dials,
     ) -> tuple[jax.Array, tuple[Sums, dict]]:
         policy = self.model.joined(trained["policy"], frozen)
-        hidden = self._hidden(policy, batch)
+        hidden, routed = self._routed(policy, batch) if self.router_coef else (self._hidden(policy, batch), None)
         logp, entropy = self._read(policy, hidden, batch)
         old_logp = jax.lax.stop_gradient(logp) if batch.old_logp is None else batch.old_logp
         loss, sums = algo.policy_loss(
@@ -206,10 +217,25 @@ class Learner:
             assert counts.values is not None
             value, more = self.critic.loss(hidden, trained["head"], batch, counts.values)
             loss, sums = loss + value, sums | more
-        return loss, (sums, {"sampler_logp_difference/max": gap.max()})
+        maxima = {"sampler_logp_difference/max": gap.max()}
+        if routed is not None:
+            assert counts.load is not None
+            each = balance_loss(routed.probs, counts.load, counts.policy.tokens)
+            total = jnp.where(batch.mask, each, 0.0).sum()
+            loss = loss + self.router_coef * total / jnp.maximum(counts.policy.tokens, 1)
+            sums, maxima = sums | {"router/balance": (total, count)}, maxima | router_metrics(counts.load)
+        return loss, (sums, maxima)
 
     def _hidden(self, params: Params, batch: TrainBatch) -> jax.Array:
         return self.model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.context_ids)
+
+    def _routed(self, params: Params, batch: TrainBatch) -> tuple[jax.Array, Routed]:
+        rows = (batch.tokens, batch.positions, batch.segment_ids, batch.context_ids)
+        return self.model.hidden_routed(params, *rows, batch.mask)
+
+    def _load(self, params: Params, batch: TrainBatch) -> jax.Array:
+        """Where the whole step's trained tokens go, [layers, E], from a pass without gradient (contract 5)."""
+        return jax.lax.map(lambda part: self._routed(params, part)[1].load, self._split(batch)).sum(axis=0)
 
     def _score(self, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         return self._read(params, self._hidden(params, batch), batch)

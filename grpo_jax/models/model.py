@@ -205,9 +205,14 @@ class Model:
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
-        context_ids: jax.Array | None = None,
+        context_ids: jax.Array | None,
+        counted: jax.Array,
     ) -> tuple[jax.Array, Routed]:
         """``hidden``, and what the mixtures of experts did: for the load-balance loss and the router's metrics.
+
+        Args:
+            params, tokens, positions, segment_ids, context_ids: as of ``hidden``.
+            counted: [N, T] bool, the tokens whose experts are counted.
 
         Raises:
             ValueError: no layer is a mixture of experts.
@@ -215,7 +220,7 @@ class Model:
         if not self.spec.experts:
             raise ValueError(f"got a {self.spec.family} model without experts; nothing is routed; use `hidden`")
         rows = (tokens, positions, segment_ids, context_ids)
-        hidden, routed = transformer.hidden_states(self.layout, params, *rows, self.remat, routed=True)
+        hidden, routed = transformer.hidden_states(self.layout, params, *rows, self.remat, counted)
         assert routed is not None
         return hidden, routed
 

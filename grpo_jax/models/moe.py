@@ -115,7 +115,7 @@ def balance_loss(probs: jax.Array, load: jax.Array, tokens: jax.Array) -> jax.Ar
         load: [layers, E], of the whole optimizer step, without gradient.
         tokens: [] how many tokens of the step ``load`` counts.
     """
-    share = jax.lax.stop_gradient(load).sum(axis=0) / (load.shape[0] * tokens)
+    share = jax.lax.stop_gradient(load).sum(axis=0) / (load.shape[0] * jnp.maximum(tokens, 1))
     return probs.shape[-1] * jnp.einsum("nte,e->nt", probs, share, precision="highest")
 
 

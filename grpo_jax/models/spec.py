@@ -180,7 +180,7 @@ class ModelSpec:
             embed_scale=family.embed_scale(config),
             logit_scale=1.0 / divisor,
             softcap=None if family.logit_cap is None else read_cap(config, family.logit_cap),
-            longest=longest,
+            longest=longest if any(x.rotary is not None and x.rotary.by_length for x in layers) else 0,
             stop_ids=read_stop_ids(given),
             dtype=_dtype(given),
             hf_config=json.dumps(given),

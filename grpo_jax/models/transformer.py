@@ -176,7 +176,7 @@ class Routed(NamedTuple):
 
     Attributes:
         probs: [N, T, E] float32, the router's probabilities, their mean over the layers that are mixtures.
-        load: [layers that are mixtures, E] float32, how many tokens outside the padding went to each expert.
+        load: [layers that are mixtures, E] float32, how many of the tokens that count went to each expert.
     """
 
     probs: jax.Array
@@ -191,9 +191,12 @@ def hidden_states(
     segment_ids: jax.Array,
     context_ids: jax.Array | None,
     remat: str,
-    routed: bool = False,
+    counted: jax.Array | None = None,
 ) -> tuple[jax.Array, Routed | None]:
-    """Training rows: [N, T] -> [N, T, D] after the final norm, and if ``routed`` what the mixtures of experts did."""
+    """Training rows: [N, T] -> [N, T, D] after the final norm, and what the mixtures of experts did.
+
+    ``counted`` [N, T] bool are the tokens whose experts are counted; None asks for nothing of it.
+    """
     compute = layout.compute
     weights = layout.weights["outer"]
     # The table is not cast: its gradient is summed over tokens, and a sum in bfloat16 stops growing.
@@ -203,7 +206,7 @@ def hidden_states(
     masks = _masks(layout, segment_mask(segment_ids, context_ids), positions)
     x = compute.shard(outer.embed(tokens), "batch", None, None)
     mixtures = [layer.moe for layer in layout.layers if layer.moe is not None]
-    probs = jnp.zeros((*tokens.shape, mixtures[0].experts), jnp.float32) if routed else None
+    probs = jnp.zeros((*tokens.shape, mixtures[0].experts), jnp.float32) if counted is not None else None
     loads = []
 
     def mix_in(layer: LayerSpec) -> Mix:
@@ -216,9 +219,9 @@ def hidden_states(
             for layer, weights in zip(run.pattern, stacked, strict=True):
                 x, _, routing = _training_block(layout, layer, weights)(x, turns[layer], mix_in(layer))
                 x = compute.shard(x, "batch", None, None)
-                if routing is not None and probs is not None:
+                if routing is not None and probs is not None and counted is not None:
                     probs = probs + routing.probs / len(mixtures)
-                    loads.append(expert_load(routing, segment_ids != 0))
+                    loads.append(expert_load(routing, counted))
             return (x, probs), loads
 
         stacks = [params["layers"][stack_name(index, place)] for place in range(len(run.pattern))]
