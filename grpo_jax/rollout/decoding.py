@@ -59,6 +59,10 @@ class Counts:
         return self.live_steps / max(self.slot_steps, 1)
 
 
+Watch = Callable[[int, np.ndarray, bool], None]
+"""(row, its tokens so far, whether it is done)"""
+
+
 class Decoding:
     """Iterates over finished groups while the others decode.
 
@@ -78,6 +82,7 @@ class Decoding:
         sampling: Sampling,
         round_: int,
         decode: Callable[[list[int]], str] | None = None,
+        watch: Watch | None = None,
     ):
         """Nothing decodes before the first group is asked for.
 
@@ -89,7 +94,9 @@ class Decoding:
             sampling: what to draw from.
             round_: the step that samples.
             decode: token ids to text, needed for stop strings.
+            watch: is told of each row after each segment it decoded in.
         """
+        self._watch = watch
         self._programs, self._view, self._ladder, self._asked = programs, view, shapes, asked
         self._sampling, self._stops = sampling, StopStrings(sampling.stop_strings, decode)
         self.sampled = Sampled(asked, sampling.max_new_tokens, sampling.changed)
@@ -285,10 +292,13 @@ class Decoding:
             stopped, length = np.where(cut > 0, 1, stopped), np.where(cut > 0, cut, length)
             self._length[rows] = length[held]
         self._count(int(steps[0]), int((self._length[rows] - old).sum()))
-        if not done.any():
+        if not done.any() and self._watch is None:
             return []
         state = self._slots.rows
         tokens, logp, drawn = fetch((state.tokens, state.logp, state.drawn_logp))
+        if self._watch is not None:
+            for slot in np.flatnonzero(held).tolist():
+                self._watch(int(self._seats[slot]), tokens[slot, : length[slot]], bool(done[slot]))
         for slot in np.flatnonzero(done).tolist():
             n = int(length[slot])
             kept = None if drawn is None else drawn[slot, :n]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.models.model import Model, View
-from grpo_jax.rollout.decoding import Decoding
+from grpo_jax.rollout.decoding import Decoding, Watch
 from grpo_jax.rollout.programs import Programs
 from grpo_jax.rollout.requests import requests
 from grpo_jax.rollout.sampling import Sampling
@@ -93,8 +93,12 @@ class ContinuousEngine:
         step: int,
         seeds: Sequence[int] | None = None,
         limits: Sequence[int] | np.ndarray | None = None,
+        watch: Watch | None = None,
     ) -> Decoding:
-        """As `generate`, but an iterator over groups, each when its last row is done; others decode meanwhile."""
+        """As `generate`, but an iterator over groups, each when its last row is done; others decode meanwhile.
+
+        ``watch(row, tokens so far, done)`` is called for each row after each segment of steps.
+        """
         width = self._prompt_width(prompts)
         sampling.check(self.model.spec.vocab)
         if num_samples < 1:
@@ -103,7 +107,7 @@ class ContinuousEngine:
         shapes = self.shapes(len(prompts), num_samples, sampling.max_new_tokens)
         view = self.model.decode_view(params)
         compiled = self._compiled(sampling.rules, shapes, width, view)
-        return Decoding(compiled, view, shapes, asked, sampling, step, self.decode)
+        return Decoding(compiled, view, shapes, asked, sampling, step, self.decode, watch)
 
     def _compiled(self, rules: Sampling, shapes: Ladder, width: int, view: View) -> Programs:
         key = (self.model, rules, shapes, width)

@@ -1,0 +1,110 @@
+"""Judge a model on a dataset: greedy accuracy, avg@k, pass@k and maj@k, each with its 95 % bootstrap interval.
+
+    python scripts/evaluate.py MODEL DATA [--reward exact_match] [--samples 8] [--prompts 200] [--max-new-tokens 256]
+
+MODEL is a Hugging Face directory, a hub id, or "quickstart"; DATA what data.eval takes. A completion is right when the
+reward function gives more than --correct-above. maj@k counts the answers that completions mark as final.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.data import held_out_prompts, load_tokenizer, resolve_model, stop_ids
+from grpo_jax.evaluation import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k
+from grpo_jax.models import load_model
+from grpo_jax.rewards import RewardPool
+from grpo_jax.rewards.answers import marked_answer, normalise
+from grpo_jax.rollout import engine_from, sampling_from
+from grpo_jax.scoring import Scorer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--reward", default="exact_match")
+    parser.add_argument("--samples", type=int, default=8, help="k; 0 judges greedily only")
+    parser.add_argument("--prompts", type=int, help="the first so many")
+    parser.add_argument("--prompt-column", default="prompt")
+    parser.add_argument("--as-messages", action="store_true", help="a prompt that is a string is a user's message")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--correct-above", type=float, default=0.5)
+    parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    try:
+        for name, value, low, high in figures(parser.parse_args()):
+            print(f"{name:10} {value:6.1%}   95 % interval {low:.1%} to {high:.1%}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def config_of(asked: argparse.Namespace) -> TrainConfig:
+    rollout = {"max_new_tokens": asked.max_new_tokens, "temperature": asked.temperature, "top_p": asked.top_p}
+    return TrainConfig.from_tables(
+        {
+            "seed": asked.seed,
+            "model": {"path": asked.model, "dtype": asked.dtype, "param_dtype": asked.dtype},
+            "data": {"eval": asked.data, "prompt_column": asked.prompt_column, "as_messages": asked.as_messages},
+            "rollout": rollout | {"prompts_per_step": asked.slots, "num_samples": 2, "slots": asked.slots},
+            "reward": {"functions": [asked.reward]},
+            "eval": {"prompts": asked.prompts, "correct_above": asked.correct_above},
+        }
+    )
+
+
+def figures(asked: argparse.Namespace) -> list[tuple[str, float, float, float]]:
+    """(name, mean over prompts, ends of its interval) of each figure."""
+    config = config_of(asked)
+    source = resolve_model(config.model.path)
+    tokenizer = load_tokenizer(source)
+    stops = stop_ids(source, tokenizer)
+    held_out = held_out_prompts(config, tokenizer)["eval"]
+    longest = held_out.longest + config.rollout.max_new_tokens
+    model, params = load_model(source, config.model.dtype, param_dtype=config.model.param_dtype, longest=longest)
+    engine = replace(engine_from(config.rollout, model, held_out.longest, tokenizer), ahead=False)
+    sampling, rows = sampling_from(config.rollout, stops), []
+    with RewardPool([asked.reward], config.reward.timeout_seconds, config.reward.memory_limit_mb) as pool:
+        scorer = Scorer(pool, tokenizer, stops, config)
+        for k, options in ((1, replace(sampling, temperature=0.0, top_p=None)), (asked.samples, sampling)):
+            if not k:
+                continue
+            rollout = engine.generate(
+                params, held_out.prompts, num_samples=k, sampling=options, seed=config.seed, step=0
+            )
+            answers = scorer.rewards(held_out.prompts, rollout)
+            for warning in answers.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            right = (np.nan_to_num(answers.by_function[0]) > asked.correct_above).reshape(-1, k)
+            rows += (
+                of_samples(right, answers.completions)
+                if options is sampling
+                else [("greedy", right[:, 0].astype(float))]
+            )
+    return [(name, float(np.mean(values)), *bootstrap_interval(values)) for name, values in rows]
+
+
+def of_samples(right: np.ndarray, texts: list[str]) -> list[tuple[str, np.ndarray]]:
+    """[P, k] bool and the P * k texts -> the figures by prompt."""
+    k = right.shape[1]
+    marked = [marked_answer(text) for text in texts]
+    said = [None if answer is None else normalise(answer) for answer in marked]
+    votes = [said[start : start + k] for start in range(0, len(said), k)]
+    counts = right.sum(1)
+    return [
+        (f"avg@{k}", avg_at_k(k, counts)),
+        (f"pass@{k}", pass_at_k(k, counts, k)),
+        (f"maj@{k}", maj_at_k(votes, right)),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

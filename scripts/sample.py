@@ -1,0 +1,102 @@
+"""Complete a prompt with a model, on the terminal.
+
+    python scripts/sample.py MODEL --prompt "..." [-n 8] [--chat] [--temperature 0.7] [--top-p 0.9] [--stop TEXT ...]
+
+MODEL is a Hugging Face directory, a hub id, or "quickstart". One completion is written as it grows, several each when
+it is done. --chat makes the prompt a user's message and puts it through the chat template.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+from grpo_jax.data import load_tokenizer, resolve_model, stop_ids
+from grpo_jax.data.chat import PromptFormat, decode
+from grpo_jax.models import load_model
+from grpo_jax.rollout import ContinuousEngine, Sampling
+from grpo_jax.types import Prompt
+
+
+class Writer:
+    """Writes completions to the terminal as they come."""
+
+    def __init__(self, tokenizer: object, stops: frozenset[int], count: int):
+        self._tokenizer, self._stops, self._count = tokenizer, stops, count
+        self._written = ""
+        self._done: set[int] = set()
+
+    def __call__(self, row: int, tokens: np.ndarray, done: bool) -> None:
+        text = decode(self._tokenizer, tokens.tolist(), self._stops)
+        if self._count == 1:
+            # Half a character decodes to a replacement; what follows may change it.
+            ready = text if done else text.rstrip("\N{REPLACEMENT CHARACTER}")
+            print(ready[len(self._written) :], end="\n" if done else "", flush=True)
+            self._written = ready
+        elif done and row not in self._done:
+            self._done.add(row)
+            print(f"--- {row + 1} ({len(tokens)} tokens)\n{text}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("-n", "--num-samples", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", nargs="*", default=[], help="texts that end a completion")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--system", help="system message, with --chat")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    asked = parser.parse_args()
+    try:
+        sample(asked)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def sample(asked: argparse.Namespace) -> None:
+    source = resolve_model(asked.model)
+    tokenizer = load_tokenizer(source)
+    stops = stop_ids(source, tokenizer)
+    form = PromptFormat(as_messages=asked.chat, system_prompt=asked.system)
+    tokens = form.encode(tokenizer, form.prompt({"prompt": asked.prompt}))
+    sampling = Sampling(
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        max_new_tokens=asked.max_new_tokens,
+        stop_ids=tuple(sorted(stops)),
+        stop_strings=tuple(asked.stop),
+    )
+    longest = len(tokens) + asked.max_new_tokens
+    model, params = load_model(source, asked.dtype, param_dtype=asked.dtype, longest=longest)
+    engine = ContinuousEngine(model, decode=tokenizer.decode)
+    call = engine.stream(
+        params,
+        [Prompt(0, tokens)],
+        num_samples=asked.num_samples,
+        sampling=sampling,
+        seed=asked.seed,
+        step=0,
+        watch=Writer(tokenizer, stops, asked.num_samples),
+    )
+    for _ in call:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

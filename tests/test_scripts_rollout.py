@@ -1,0 +1,88 @@
+"""scripts/sample.py and scripts/evaluate.py on a tiny checkpoint, and the shapes of scripts/bench_rollout.py."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grpo_jax import generate, load_model
+from grpo_jax.data import load_tokenizer
+from grpo_jax.data.chat import decode
+from grpo_jax.testing import tiny_checkpoint
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    return script(name).main()
+
+
+def texts_of(checkpoint: Path, count: int) -> list[str]:
+    """What generate, in three lines, gives for the same prompt."""
+    model, params = load_model(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    rollout = generate(model, params, [tokenizer("3+4=")["input_ids"]], count, 40)
+    return [decode(tokenizer, rollout.completion_ids(n), model.spec.stop_ids) for n in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sample_writes_what_generate_gives(checkpoint, monkeypatch, capsys, count):
+    arguments = [checkpoint, "--prompt", "3+4=", "-n", count, "--max-new-tokens", 40]
+    assert run("sample", monkeypatch, *arguments) == 0
+    said, expected = capsys.readouterr().out, texts_of(checkpoint, count)
+    if count == 1:
+        assert said == expected[0] + "\n"
+    else:
+        parts = re.split(r"--- (\d) \(\d+ tokens\)\n", said)[1:]
+        assert {int(n): text.removesuffix("\n") for n, text in zip(parts[::2], parts[1::2], strict=True)} == {
+            n + 1: text for n, text in enumerate(expected)
+        }
+
+
+def test_sample_refuses_in_one_line(checkpoint, monkeypatch, capsys):
+    assert run("sample", monkeypatch, checkpoint, "--prompt", "", "--max-new-tokens", 4) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_evaluate_prints_every_figure_with_its_interval(checkpoint, monkeypatch, capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{a}+2=", "answer": str(a + 2)}) + "\n" for a in range(5)))
+    arguments = [checkpoint, data, "--samples", 3, "--max-new-tokens", 6, "--prompts", 4]
+    assert run("evaluate", monkeypatch, *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["greedy", "avg@3", "pass@3", "maj@3"]
+    assert all(re.search(r"\d\.\d% +95 % interval \d+\.\d% to \d+\.\d%", line) for line in lines)
+
+
+def test_figures_of_samples(monkeypatch):
+    evaluate = script("evaluate")
+    right = np.array([[True, False, True], [False, False, False]])
+    texts = ["=4", "=5", "= 4", "=1", "nothing", "=2"]
+    made = {name: values.tolist() for name, values in evaluate.of_samples(right, texts)}
+    assert made == {"avg@3": [2 / 3, 0.0], "pass@3": [1.0, 0.0], "maj@3": [1.0, 0.0]}
+
+
+def test_bench_lengths_are_those_stated():
+    bench = script("bench_rollout")
+    for work in bench.WORKS:
+        limits = work.limits()
+        assert limits.shape == (work.prompts * work.samples,) and 1 <= limits.min() <= limits.max() <= work.cap
+        assert abs(limits.mean() - work.mean) < 0.15 * work.mean
