@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,10 +22,7 @@ def share_of_digits(prompts, completions, completion_ids, **columns):
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    base = tmp_path_factory.mktemp("adapters")
-    source, directory = tiny_checkpoint(base / "in"), base / "run"
+def _train(source, directory):
     config = {
         "steps": 2,
         "output_dir": str(directory),
@@ -34,7 +32,7 @@ def run(tmp_path_factory):
         "rollout": {"prompts_per_step": 2, "num_samples": 4, "max_new_tokens": 4},
         "eval": {"every": None},
         "optim": {"learning_rate": 1e-2},
-        "checkpoint": {"every": 2},
+        "checkpoint": {"every": 1},
         "log": {"quiet": True, "report": False},
     }
     trainer = grpo_jax.Trainer(
@@ -43,8 +41,15 @@ def run(tmp_path_factory):
         train_dataset=PROMPTS,
         config=TrainConfig.from_tables(config),
     )
-    summary = trainer.train()
-    return source, directory, summary
+    trainer.train()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    base = tmp_path_factory.mktemp("adapters")
+    source, directory = tiny_checkpoint(base / "in"), base / "run"
+    _train(source, directory)
+    return source, directory
 
 
 def _metrics(directory):
@@ -52,7 +57,7 @@ def _metrics(directory):
 
 
 def test_only_adapted_maps_change(run):
-    source, directory, _ = run
+    source, directory = run
     _, before = grpo_jax.load_model(source)
     _, after = grpo_jax.load_model(directory / "hf")
     paths = jax.tree_util.tree_flatten_with_path(before)[0]
@@ -69,7 +74,7 @@ def test_the_base_is_the_reference(run):
 
 
 def test_a_checkpoint_holds_the_adapters_and_exports_as_the_run_did(run, monkeypatch, tmp_path):
-    source, directory, _ = run
+    source, directory = run
     for arguments in (["--out", str(tmp_path / "hf")], ["--out", str(tmp_path / "peft"), "--peft"]):
         monkeypatch.setattr(sys, "argv", ["export_hf.py", str(directory), *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -87,6 +92,20 @@ def test_a_checkpoint_holds_the_adapters_and_exports_as_the_run_did(run, monkeyp
     ]
     size = lambda place: sum(file.stat().st_size for file in place.rglob("*") if file.is_file())  # noqa: E731
     assert size(directory / "reference") > 10 * sum(p.nbytes for p in _adapters(tmp_path / "peft"))
+
+
+def test_contract_9_a_run_goes_on_as_if_it_had_not_stopped(run, tmp_path):
+    """From step 1, on the base that the run kept, even where the model it was loaded from has changed."""
+    source, directory = run
+    again, other = tmp_path / "run", tmp_path / "in"
+    shutil.copytree(directory, again, ignore=shutil.ignore_patterns("hf", "2", "summary.json"))
+    config = (again / "config.toml").read_text().replace(str(source), str(other))
+    (again / "config.toml").write_text(config)
+    tiny_checkpoint(other, seed=9)
+    _train(other, again)
+    ended = [grpo_jax.load_model(place / "hf")[1] for place in (directory, again)]
+    jax.tree.map(np.testing.assert_array_equal, *ended)
+    assert [row["step"] for row in _metrics(again)] == [1, 2]
 
 
 def _adapters(directory):
