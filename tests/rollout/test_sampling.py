@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grpo_jax.rollout.sampling import Sampling, invert_cdf, row_keys, sample, split_ids, uniforms
+from grpo_jax.rollout.sampling import History, Sampling, invert_cdf, row_keys, sample, split_ids, uniforms
 from grpo_jax.rollout.truncation import truncate
 
 LAST = 1.0 - 2.0**-24
@@ -14,7 +14,15 @@ LAST = 1.0 - 2.0**-24
 
 def exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The truncated distribution in float64, token by token."""
-    scaled = logits.astype(np.float64) / sampling.temperature
+    logits = logits.astype(np.float64)
+    for token in {*HISTORY["prompt"], *HISTORY["own"]}:
+        penalty = sampling.repetition_penalty
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    for token in set(HISTORY["own"]):
+        logits[token] -= sampling.presence_penalty
+    never = [*sampling.banned_ids, *(sampling.stop_ids if sampling.min_tokens > len(HISTORY["own"]) else ())]
+    logits[never] = -np.inf
+    scaled = logits / sampling.temperature
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
     if sampling.top_k is not None:
@@ -27,30 +35,58 @@ def exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
             kept.add(int(token))
             mass += p[token]
         p = np.array([x if i in kept else 0.0 for i, x in enumerate(p)])
+    if sampling.min_p is not None:
+        p[p < sampling.min_p * p.max()] = 0.0
     return p / p.sum()
 
 
-@pytest.mark.parametrize("vocab", [7, 256, 300])
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.7}]
-)
-def test_draws_follow_the_truncated_distribution(vocab, options):
-    sampling = Sampling(**options)
+OPTIONS: dict[str, dict] = {
+    "all": {},
+    "cooler": {"temperature": 0.6},
+    "top-k": {"top_k": 5},
+    "top-p": {"top_p": 0.8},
+    "both": {"top_k": 6, "top_p": 0.95},
+    "min-p": {"min_p": 0.1, "temperature": 1.4},
+    "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.7, "top_p": 0.9},
+    "bans": {"banned_ids": (0, 3, 5), "stop_ids": (1, 2), "min_tokens": 4},
+}
+HISTORY = {"prompt": [4, 9, 4], "own": [6, 9]}
+"""What was sampled before: in the prompt, in the completion."""
+
+
+@pytest.mark.parametrize(("vocab", "name"), [(61, name) for name in OPTIONS] + [(300, "all"), (300, "top-p")])
+def test_a_million_draws_follow_the_exact_distribution(vocab, name):
+    sampling = Sampling(**OPTIONS[name])
     logits = 2.0 * np.random.default_rng(vocab).standard_normal(vocab).astype(np.float32)
-    count = 40_000
-    draw = jax.jit(lambda u: sample(jnp.tile(logits, (10_000, 1)), u, sampling, sampling.temperature)[0])
-    uniform = np.random.default_rng(1).random((4, 10_000), np.float32)
-    tokens = np.concatenate([np.asarray(draw(u)) for u in uniform])
-    expected = exact(logits, sampling) * count
-    seen = np.bincount(tokens, minlength=vocab)
-    assert seen[expected == 0].sum() == 0
+    size, parts = 20_000, 50
+    one = {
+        "length": jnp.full(size, 2, jnp.int32),
+        "tokens": jnp.tile(jnp.asarray([*HISTORY["own"], 7]), (size, 1)),  # what follows the length is ignored
+        "prompt": jnp.tile(jnp.asarray([*HISTORY["prompt"], 8]), (size, 1)),
+        "prompt_len": jnp.full(size, 3, jnp.int32),
+    }
+
+    @jax.jit
+    def count(u):
+        tiled = jnp.tile(logits, (size, 1))
+        token, _, drawn = sample(tiled, u, sampling.rules, sampling.temperature, History(**one))
+        drawn = jnp.zeros(size) if drawn is None else drawn
+        return jnp.bincount(token, length=vocab), jnp.zeros(vocab).at[token].set(drawn)
+
+    rng, seen, logp = np.random.default_rng(1), np.zeros(vocab, int), np.zeros(vocab)
+    for _ in range(parts):
+        counted, drawn = count(rng.random(size, np.float32))
+        seen, logp = seen + np.asarray(counted), np.where(np.asarray(counted) > 0, drawn, logp)
+    p = exact(logits, sampling)
+    expected = p * size * parts
+    assert seen.sum() == size * parts and seen[p == 0].sum() == 0
+    if sampling.changed:
+        np.testing.assert_allclose(logp[seen > 0], np.log(p[seen > 0]), atol=2e-5)
     common = expected > 5
-    rest_seen, rest_expected = seen[~common].sum(), expected[~common].sum()
-    observed, wanted = list(seen[common]), list(expected[common])
-    if rest_expected > 5:
-        observed, wanted = [*observed, rest_seen], [*wanted, rest_expected]
-    wanted = np.array(wanted) * sum(observed) / sum(wanted)
-    assert len(observed) == 1 or stats.chisquare(observed, wanted).pvalue > 1e-4
+    observed, wanted = [*seen[common], seen[~common].sum()], [*expected[common], expected[~common].sum()]
+    keep = np.array(wanted) > 5
+    observed, wanted = np.array(observed)[keep], np.array(wanted)[keep]
+    assert stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 256, 257, 700])
@@ -120,6 +156,12 @@ def test_uniforms_are_addressed_and_stay_below_one():
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
+        ({"min_p": 0.0}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"min_tokens": 65}, "min_tokens"),
+        ({"stop_strings": ("",)}, "stop_strings"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
 def test_refuses_what_cannot_be_sampled(options, field):
@@ -127,3 +169,22 @@ def test_refuses_what_cannot_be_sampled(options, field):
         Sampling(**options)
     with pytest.raises(ValueError, match="request_ids"):
         split_ids([-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"banned_ids": (7,)}, "banned_ids: got .7,., and the model knows 0 to 6"),
+        ({"stop_ids": (-1,)}, "stop_ids"),
+        ({"banned_ids": (0, 1, 2, 3, 4), "stop_ids": (5, 6), "min_tokens": 1}, "leave one to draw"),
+    ],
+)
+def test_refuses_what_leaves_nothing_to_draw(options, message):
+    Sampling().check(7)
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options).check(7)
+
+
+def test_penalties_without_a_history_are_refused():
+    with pytest.raises(ValueError, match="history"):
+        sample(jnp.zeros((1, 7)), jnp.zeros(1), Sampling(presence_penalty=1.0), 1.0)
