@@ -41,7 +41,6 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status: 0 done, 1 failed, 2 wrong usage, 128 and the signal's number interrupted."""
     command = list(sys.argv if arguments is None else ["train.py", *arguments])
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would regret the absence of PyTorch
     try:
         asked = read_command(command[1:], TrainConfig)
         if asked.help:

@@ -1,6 +1,7 @@
 """From a row's prompt to token ids and back: chat templates, tokenizers, stop tokens. Host only."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,6 +188,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     place = Path(directory)
     if not place.is_dir():
         raise ValueError(f"model directory {str(place)!r} does not exist (looked from {Path.cwd()}); give its path")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would regret the absence of PyTorch
     from transformers import AutoTokenizer
 
     try:

@@ -3,6 +3,8 @@
 import csv
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -206,3 +208,14 @@ def test_quickstart_is_what_the_package_ships(monkeypatch):
     monkeypatch.setitem(SHIPPED, "eval", "absent.jsonl")
     with pytest.raises(ValueError, match="absent.jsonl is not there; install grpo_jax again"):
         shipped("eval")
+
+
+def test_transformers_says_nothing_of_a_missing_torch():
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from grpo_jax.data import load_tokenizer, resolve_model\n"
+        "load_tokenizer(resolve_model('quickstart'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
