@@ -92,8 +92,9 @@ class Interrupt:
             return
         self._number, self._asked = number, now
         name = signal.Signals(number).name
-        text = f"\n{name}: the step at hand is finished and saved; once more stops at once and loses it\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())  # print is not safe in a handler
+        text = f"\n{name}: the step at hand is finished and saved; once more stops at once and loses it"
+        # A thread, since print is not safe in a handler; sys.stderr, which a live display puts above itself.
+        threading.Thread(target=lambda: print(text, file=sys.stderr, flush=True), daemon=True).start()
 
 
 def command_to_go_on(command: Sequence[str], directory: Path) -> str:

@@ -1,9 +1,13 @@
 """Ctrl-C: the first asks, the second acts, and the handlers are as before afterwards."""
 
+import contextlib
 import os
+import queue
 import signal
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +26,18 @@ def test_the_first_signal_only_asks(number, status, capfd):
     assert isinstance(ended, Interrupted) and isinstance(ended, KeyboardInterrupt)
     assert (ended.step, ended.status) == (3, status)
     assert "after step 3" in str(ended) and "runs/a" in str(ended)
-    assert f"{number.name}: the step at hand" in capfd.readouterr().err
+    said, patience = "", time.monotonic() + 10
+    while f"{number.name}: the step at hand" not in said:
+        assert time.monotonic() < patience
+        said += capfd.readouterr().err
+
+
+def test_what_it_says_goes_above_a_live_display(capfd):
+    said = queue.SimpleQueue()
+    with contextlib.redirect_stderr(SimpleNamespace(write=said.put, flush=lambda: None)), Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "once more stops at once" in said.get(timeout=10)
+    assert capfd.readouterr().err == ""
 
 
 def test_signals_that_come_together_are_one_request():
