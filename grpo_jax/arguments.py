@@ -104,12 +104,13 @@ def show_help(console: Console, usage: str, config: BaseModel, topics: Sequence[
         console.print()
         console.print(f"[bold]{path or 'the run'}[/bold]: {escape(' '.join((type(table).__doc__ or '').split()))}")
         rows = Table(box=None, show_header=False, padding=(0, 2, 0, 2), expand=True)
-        rows.add_column(ratio=2, overflow="fold")
-        rows.add_column(ratio=3)
+        named = max(len(f"--{path}.{name}") for name in type(table).model_fields)
+        rows.add_column(width=max(named, console.width * 2 // 5), overflow="fold")  # a name is never broken
+        rows.add_column(ratio=1)
         for name, info in type(table).model_fields.items():
             if table_of(info.annotation) is None:
                 option = f"[cyan]--{f'{path}.{name}'.lstrip('.')}[/cyan]"
-                takes = escape(f"{type_words(info.annotation)}  ({_written(getattr(table, name))})")
+                takes = escape(f"{type_words(info.annotation).replace('|', ' | ')}  ({_written(getattr(table, name))})")
                 rows.add_row(f"{option}\n  [dim]{takes}[/dim]", escape(" ".join((info.description or "").split())))
         console.print(rows)
 

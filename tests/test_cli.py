@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from grpo_jax.algo import PRESETS
 from grpo_jax.arguments import merge, read_command
 from grpo_jax.cli import main, parse
 from grpo_jax.config import Section, TrainConfig
@@ -122,6 +123,14 @@ def test_a_table_lies_over_a_table_and_replaces_anything_else():
     above = {"b": {"d": {"g": 2}}, "f": {"h": 3}, "a": None}
     assert merge(below, above) == {"a": None, "b": {"c": 1, "d": {"e": 1, "g": 2}}, "f": {"h": 3}}
     assert below == {"a": 1, "b": {"c": 1, "d": {"e": 1}}, "f": "x"}
+
+
+def test_help_breaks_no_name_and_no_value_of_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    words = capsys.readouterr().out.split()
+    assert {f"--{path}" for path, _ in leaves(TrainConfig)} <= set(words)
+    assert set(PRESETS) <= set(words)
 
 
 def test_help_of_one_table_shows_the_values_of_a_config(tmp_path, capsys):
