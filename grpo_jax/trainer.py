@@ -82,7 +82,7 @@ class Trainer:
             train_dataset: a file, a data set of the hub, a `datasets.Dataset` or rows with a prompt column; or a
                 mapping of several names to their weights.
             eval_dataset: the same, held out, or a mapping of names to them; given training rows and no evaluation
-                rows, nothing is evaluated.
+                rows, here or in the config, nothing is evaluated.
             config: everything else.
             callbacks: what looks on, behind those the config names; any of them may end the run.
             name: what the run's directory is called after when the config names none.
@@ -92,8 +92,14 @@ class Trainer:
         self._rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
         self._train = config.data.train if train_dataset is None else train_dataset
         self._eval = eval_dataset
-        if eval_dataset is None and train_dataset is None:
+        if eval_dataset is None and (train_dataset is None or config.data.eval != TrainConfig().data.eval):
             self._eval = config.data.eval
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise ValueError(
+                    f"callbacks: got {callback!r}, which is no grpo_jax.callbacks.Callback; derive its class from "
+                    "that, and give an object of it"
+                )
         self._name, self._callbacks = name, tuple(callbacks)
         tables = config.model_dump()
         tables["model"]["path"] = str(model or config.model.path)
@@ -212,6 +218,8 @@ class _Run:
         below = None if newest is None else newest + 1
         nowhere = None if is_first() else Path(os.devnull)
         metrics = nowhere or self.directory / rundir.METRICS
+        if newest is None and metrics.is_file() and metrics.stat().st_size:
+            self.facts.append(f"no checkpoint yet in {self.directory}: begins anew, what was recorded is replaced")
         self.metrics = JsonLines(metrics, below)
         self.completions = JsonLines(nowhere or self.directory / rundir.COMPLETIONS, below)
         history = () if newest is None or nowhere else tuple(read_json_lines(metrics))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import grpo_jax
+from grpo_jax.callbacks import Callback
 from grpo_jax.config import TrainConfig
 from grpo_jax.metrics import read_json_lines
 from grpo_jax.step import Learner
@@ -251,6 +252,36 @@ def test_the_record_describes_what_was_handed_in(checkpoint, tmp_path):
     assert trainer.config.data.train == f"<{len(ROWS)} rows>" and trainer.config.data.eval is None
     assert trainer.config.reward.functions[0].endswith(":share_of_digits")
     assert Path(trainer.config.output_dir) == tmp_path
+
+
+def test_held_out_prompts_of_the_config_hold_beside_rows(checkpoint, tmp_path):
+    config = config_for(tmp_path, data={"eval": "held_out.jsonl"})
+    trainer = grpo_jax.Trainer(model=checkpoint, train_dataset=ROWS, config=config)
+    assert trainer.config.data.eval == "held_out.jsonl"
+
+
+@pytest.mark.parametrize("callback", [Callback, object()])
+def test_a_callback_that_is_none_is_refused_at_once(checkpoint, callback):
+    with pytest.raises(ValueError, match=r"^callbacks: got .* derive its class from that, and give an object of it$"):
+        grpo_jax.Trainer(model=checkpoint, train_dataset=ROWS, callbacks=[callback])
+
+
+def test_a_run_that_died_before_its_first_checkpoint_says_that_it_begins_anew(checkpoint, tmp_path, capsys):
+    class Enough(Callback):
+        def on_start(self, run):
+            raise RuntimeError("enough")
+
+    config = config_for(tmp_path / "run", log={"quiet": False, "report": False})
+    trainer = grpo_jax.Trainer(checkpoint, share_of_digits, ROWS, config=config, callbacks=[Enough()])
+    anew = f"no checkpoint yet in {tmp_path / 'run'}: begins anew"
+    with pytest.raises(RuntimeError, match="enough"):
+        trainer.train()
+    assert anew not in capsys.readouterr().out
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n')
+    with pytest.raises(RuntimeError, match="enough"):
+        trainer.train()
+    assert anew in capsys.readouterr().out and metrics.read_text() == ""
 
 
 def test_contract_13_what_cannot_work_is_said_before_anything_is_compiled(checkpoint, tmp_path):
