@@ -6,8 +6,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from grpo_jax.arguments import Command, merge, read_command, show_help
 from grpo_jax.config import TrainConfig, read_toml
+from grpo_jax.config.arguments import Command, merge, read_command, show_help
 from grpo_jax.interrupt import Interrupted, command_to_go_on
 from grpo_jax.rundir import no_space, what_is_safe
 

@@ -28,7 +28,7 @@ from grpo_jax.data import (
 )
 from grpo_jax.evaluator import Evaluator
 from grpo_jax.interrupt import Interrupt
-from grpo_jax.learning import Learning, adapted, layout_of
+from grpo_jax.learner.learning import Learning, adapted, layout_of
 from grpo_jax.mesh import anywhere, from_first, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,

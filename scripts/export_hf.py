@@ -15,7 +15,7 @@ from pathlib import Path
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import resolve_model
-from grpo_jax.learning import adapted
+from grpo_jax.learner.learning import adapted
 from grpo_jax.models import read_model, save_hf, save_peft
 from grpo_jax.rundir import CHECKPOINTS, CONFIG
 

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerFast
 import grpo_jax
 from grpo_jax.algo.spec import LossConfig
 from grpo_jax.config import OptimConfig
+from grpo_jax.learner.optimizer import learning_rate, make_optimizer
+from grpo_jax.learner.step import Learner
 from grpo_jax.models import Model, ModelSpec, save_hf
 from grpo_jax.quickstart import task
-from grpo_jax.optimizer import learning_rate, make_optimizer
-from grpo_jax.step import Learner
 from grpo_jax.types import Params, TrainBatch
 
 SHIPPED = Path(grpo_jax.__file__).parent / "quickstart"

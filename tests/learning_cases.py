@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_jax.collect import Collected
 from grpo_jax.config import TrainConfig
-from grpo_jax.learning import Learning, layout_of
+from grpo_jax.learner.learning import Learning, layout_of
 from grpo_jax.mesh import make_mesh
 from grpo_jax.metrics import Phases
 from grpo_jax.models import Model

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from grpo_jax.algo import PRESETS
-from grpo_jax.arguments import merge, read_command
 from grpo_jax.cli import main, parse
 from grpo_jax.config import Section, TrainConfig
-from grpo_jax.config_fields import ELSEWHERE, leaves
+from grpo_jax.config.arguments import merge, read_command
+from grpo_jax.config.fields import ELSEWHERE, leaves
 
 
 class Inner(Section):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import config_fields
 from grpo_jax.algo.spec import PRESETS, LossConfig
 from grpo_jax.cli import parse
-from grpo_jax.config import Section, TrainConfig
+from grpo_jax.config import Section, TrainConfig, fields
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +151,7 @@ def test_every_field_is_read_by_someone():
     files = [path for path in (ROOT / "grpo_jax").rglob("*.py") if not path.name.startswith("config")]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    names = {name for path, _ in config_fields.leaves(TrainConfig) for name in path.split(".")}
+    names = {name for path, _ in fields.leaves(TrainConfig) for name in path.split(".")}
     assert {"critic", "value_clip", "adaptive_kl", "horizon", "kl_cov_share"} <= names
     assert names - read == {"preset"}, "the preset has done its work when the config is built; the rest must be read"
 

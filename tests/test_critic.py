@@ -24,7 +24,7 @@ from grpo_jax import Trainer
 from grpo_jax.callbacks import Callback
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
-from grpo_jax.credit import Creditor, Tokens
+from grpo_jax.learner.credit import Creditor, Tokens
 from grpo_jax.metrics import read_json_lines
 from grpo_jax.testing import tiny_checkpoint
 

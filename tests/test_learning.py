@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from learning_cases import assert_same_update, collected_for, config_for, copied, learning_for, moved
 
+from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import CompileLog
-from grpo_jax.step import Learner
 
 
 @pytest.mark.parametrize(

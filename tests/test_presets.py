@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from learning_cases import assert_same_update, collected_for, config_for, copied, learning_for, moved
 
-from grpo_jax import learning as learning_module
 from grpo_jax.algo.spec import PRESETS
+from grpo_jax.learner import learning as learning_module
 
 CUTS = {"whole": (1, None), "cut": (8, 8)}
 """Devices and rows of a microbatch: all 16 rows on one device, two microbatches on eight."""

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from grpo_jax.algo.spec import LossConfig
+from grpo_jax.learner.step import Learner
 from grpo_jax.models import balance_loss, router_metrics
-from grpo_jax.step import Learner
 from grpo_jax.testing import tiny_model
 from grpo_jax.types import TrainBatch
 

@@ -11,11 +11,11 @@ import pytest
 from grpo_jax.algo.spec import PRESETS, LossConfig
 from grpo_jax.batching import Layout, pack
 from grpo_jax.config import OptimConfig
+from grpo_jax.learner.optimizer import learning_rate, make_optimizer
+from grpo_jax.learner.step import Learner
 from grpo_jax.mesh import batch_sharding, make_mesh
 from grpo_jax.metrics import CompileLog, means
-from grpo_jax.optimizer import learning_rate, make_optimizer
 from grpo_jax.rollout import generate
-from grpo_jax.step import Learner
 from grpo_jax.testing import tiny_model
 
 PROMPTS = [[5, 6, 7], [8, 9], [9, 10, 11, 12], [3, 3]]

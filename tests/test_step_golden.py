@@ -13,8 +13,8 @@ import pytest
 import grpo_jax
 from grpo_jax.algo.spec import LossConfig
 from grpo_jax.data import resolve_model
+from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import means
-from grpo_jax.step import Learner
 from grpo_jax.types import TrainBatch
 
 

@@ -12,27 +12,22 @@ PACKAGE = Path(__file__).parent.parent / "grpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"algo.spec", "algo.refusals", "config_fields", "quickstart.task"}
+    {"algo.spec", "algo.refusals", "config.fields", "quickstart.task"}
     | {"models.families", "models.fields", "models.keys", "models.rotary_spec", "models.spec"},
-    {"types", "config", "config_learning", "config_refusals", "functions", "evaluation"},
+    {"types", "config", "functions", "evaluation"},
     {"algo", "mesh"},
     {"models"},
     {"rollout", "rewards", "data", "batching"},
-    {"step", "critic", "credit", "dials", "optimizer", "scoring", "checkpoint", "metrics", "preflight"}
-    | {"rundir", "interrupt", "testing", "quickstart"},
+    {"learner", "scoring", "checkpoint", "metrics", "preflight", "rundir", "interrupt", "testing", "quickstart"},
     {"callbacks", "collect", "evaluator"},
-    {"learning"},
+    {"learner.learning"},
     {"trainer"},
-    {"cli", "arguments"},
+    {"cli"},
 ]
 """Lowest first; a part may import its own rank and what lies below. The longest matching name counts."""
 HOST_ONLY = (
     "config",
-    "config_fields",
-    "config_learning",
-    "config_refusals",
     "functions",
-    "arguments",
     "rewards",
     "evaluation",
     "rundir",

@@ -10,8 +10,8 @@ import pytest
 import grpo_jax
 from grpo_jax.callbacks import Callback
 from grpo_jax.config import TrainConfig
+from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import read_json_lines
-from grpo_jax.step import Learner
 from grpo_jax.testing import tiny_checkpoint
 
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3, 9) for b in range(2, 9)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from grpo_jax.callbacks import Callback, Run, Step
 from grpo_jax.config import TrainConfig
-from grpo_jax.config_refusals import ALONE
+from grpo_jax.config.refusals import ALONE
 
 ALIKE = 0.95
 """Share of groups without spread from which a run is told of it: of twenty prompts not more than one then teaches

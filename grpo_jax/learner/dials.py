@@ -7,7 +7,7 @@ import numpy as np
 
 from grpo_jax import algo
 from grpo_jax.config import TrainConfig
-from grpo_jax.step import Dials
+from grpo_jax.learner.step import Dials
 
 
 class Controllers:

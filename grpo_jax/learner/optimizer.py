@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.config_learning import AdamWConfig
+from grpo_jax.config.learning import AdamWConfig
 from grpo_jax.mesh import RULES
 from grpo_jax.types import Params, TrainState
 

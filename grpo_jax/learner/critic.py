@@ -15,8 +15,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import algo
+from grpo_jax.learner.optimizer import Gradient, Sums, accumulate, apply, constrain, join, split
 from grpo_jax.models.model import Model
-from grpo_jax.optimizer import Gradient, Sums, accumulate, apply, constrain, join, split
 from grpo_jax.types import Params, TrainBatch, TrainState
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo_jax.config_learning import CriticConfig
+from grpo_jax.config.learning import CriticConfig
 
 if TYPE_CHECKING:
     from grpo_jax.config import TrainConfig

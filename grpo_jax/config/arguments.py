@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grpo_jax.config_fields import Place, find, leaves, table_of, type_words
+from grpo_jax.config.fields import Place, find, leaves, table_of, type_words
 
 SHORT = {"--quiet": "log.quiet", "-q": "log.quiet", "--output-dir": "output_dir"}
 """Names by which a field may be called besides its own."""

@@ -15,15 +15,15 @@ from grpo_jax.batching import Layout, minibatches, pack
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected
 from grpo_jax.config import LoraConfig, TrainConfig
-from grpo_jax.credit import Creditor
-from grpo_jax.critic import Critic, critic_decay_mask
-from grpo_jax.dials import Controllers
 from grpo_jax.functions import load_function
+from grpo_jax.learner.credit import Creditor
+from grpo_jax.learner.critic import Critic, critic_decay_mask
+from grpo_jax.learner.dials import Controllers
+from grpo_jax.learner.optimizer import learning_rate, make_optimizer
+from grpo_jax.learner.step import Learner
 from grpo_jax.mesh import batch_sharding
 from grpo_jax.metrics import Phases, means
 from grpo_jax.models import LoraSpec, Model
-from grpo_jax.optimizer import learning_rate, make_optimizer
-from grpo_jax.step import Learner
 from grpo_jax.types import Params, TrainBatch, TrainState
 
 MOST_SKIPPED = 10

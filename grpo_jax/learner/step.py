@@ -15,9 +15,9 @@ import optax
 
 from grpo_jax import algo
 from grpo_jax.algo.spec import LossConfig
-from grpo_jax.critic import Critic
+from grpo_jax.learner.critic import Critic
+from grpo_jax.learner.optimizer import Sums, accumulate, apply, constrain, join, split
 from grpo_jax.models import Model, Routed, balance_loss, router_metrics
-from grpo_jax.optimizer import Sums, accumulate, apply, constrain, join, split
 from grpo_jax.types import Params, TrainBatch, TrainState
 
 

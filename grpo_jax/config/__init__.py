@@ -21,9 +21,9 @@ from pydantic import (
 )
 
 from grpo_jax.algo.spec import LossConfig
-from grpo_jax.config_fields import explain
-from grpo_jax.config_learning import AlgorithmConfig, CriticConfig, OptimConfig, Section
-from grpo_jax.config_refusals import refusals
+from grpo_jax.config.fields import explain
+from grpo_jax.config.learning import AlgorithmConfig, CriticConfig, OptimConfig, Section
+from grpo_jax.config.refusals import refusals
 from grpo_jax.functions import load_function
 
 Dtype = Literal["float32", "bfloat16"]
