@@ -125,6 +125,20 @@ def test_a_table_lies_over_a_table_and_replaces_anything_else():
     assert below == {"a": 1, "b": {"c": 1, "d": {"e": 1}}, "f": "x"}
 
 
+def test_a_preset_over_the_quickstart_says_how_to_have_it():
+    with pytest.raises(ValueError, match=r"kl_coef is 0, .* Give kl_coef a value, or set it false\.$"):
+        parse(["--algorithm.preset", "rloo"])
+    config, _ = parse(["--algorithm.preset", "rloo", "--algorithm.loss.kl_in_reward", "false"])
+    assert config.algorithm.advantage == "rloo" and config.loss.kl_coef == 0
+
+
+@pytest.mark.parametrize("before", ["none", "one.jsonl", '{"a.jsonl" = 3}'])
+def test_a_table_key_by_key_after_another_value_of_it(before):
+    tables = read_command(["--data.train", before, "--data.train.b.jsonl", "1"], TrainConfig).tables
+    kept = {"a.jsonl": 3} if before.startswith("{") else {}
+    assert tables == {"data": {"train": kept | {"b.jsonl": 1}}}
+
+
 def test_help_breaks_no_name_and_no_value_of_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["--help"]) == 0

@@ -173,7 +173,9 @@ def _toml(word: str) -> Any:
 
 def _put(tables: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     for key in keys[:-1]:
-        tables = tables.setdefault(key, {})
+        if not isinstance(tables.get(key), dict):  # as in `merge`, a table replaces what is no table
+            tables[key] = {}
+        tables = tables[key]
     tables[keys[-1]] = value
 
 

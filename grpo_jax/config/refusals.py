@@ -203,7 +203,11 @@ def _moving(config: TrainConfig) -> list[Refusal]:
     without = "and algorithm.loss.kl_coef is 0, so that there is no reference model. Give kl_coef a value"
     entropy = algorithm.adaptive_entropy
     return [
-        ("algorithm.loss.kl_in_reward", loss.kl_in_reward and loss.kl_coef == 0, f"is set, {without}."),
+        (
+            "algorithm.loss.kl_in_reward",
+            loss.kl_in_reward and loss.kl_coef == 0,
+            f"is set, {without}, or set it false.",
+        ),
         (
             "algorithm.loss.kl_in_reward",
             loss.kl_in_reward and algorithm.advantage == "gdpo",
