@@ -3,6 +3,7 @@
     python scripts/bench_models.py parity    # largest difference of each family, tests' cases, from the golden file
     python scripts/bench_models.py load      # time and peak memory for 1.1 billion parameters in bfloat16
     python scripts/bench_models.py forward   # tokens per second of 4 layers of width 512, rows [8, 512]
+    python scripts/bench_models.py adapters  # LoRA for sampling: merged into the weights, or applied on the fly
 
 ``load`` and ``forward`` compare with transformers and torch in the same run, each in processes of their own, in turns,
 and need both; ``load`` writes 2.2 GB to a temporary directory (--dir chooses it).
@@ -218,14 +219,46 @@ def forward(directory: Path) -> None:
     print(f"ours {best['ours']:,.0f}, theirs {best['theirs']:,.0f} tokens/s: {best['ours'] / best['theirs']:.2f}")
 
 
+def adapters() -> None:
+    """One token of 64 rows through every layer, as in decoding: adapters on the fly, adapters merged, and merging."""
+    import jax
+    import jax.numpy as jnp
+
+    from grpo_jax.models import LoraSpec, Model, ModelSpec
+
+    model = Model(ModelSpec.from_hf(SMALL | {"model_type": "qwen2"}), lora=LoraSpec(16, 32.0))
+    params = model.joined(model.init_adapters(1), model.base.init(0))
+    one = jnp.ones((64, 1), jnp.int32)
+    forward = jax.jit(lambda kind, values: kind.hidden(values, one, one - 1, one), static_argnums=0)
+    merged = jax.block_until_ready(model.merged(params))
+    work = {
+        "on the fly": lambda: forward(model, params),
+        "merged": lambda: forward(model.base, merged),
+        "merging": lambda: model.merged(params),
+    }
+    best = dict.fromkeys(work, float("inf"))
+    for round_ in range(21):
+        for name, run in work.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if round_:
+                best[name] = min(best[name], time.perf_counter() - start)
+    print(", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in best.items()))
+    gain = best["on the fly"] - best["merged"]
+    print(f"on the fly / merged: {best['on the fly'] / best['merged']:.2f}; ", end="")
+    print(f"merging pays after {best['merging'] / gain:.0f} tokens a row" if gain > 0 else "merging never pays")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("parity", "load", "forward", "one"))
+    parser.add_argument("what", choices=("parity", "load", "forward", "adapters", "one"))
     parser.add_argument("subject", nargs="?", choices=SUBJECTS)
     parser.add_argument("--dir", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "parity":
         parity()
+    elif arguments.what == "adapters":
+        adapters()
     elif arguments.what == "one":
         print(json.dumps(SUBJECTS[arguments.subject](str(arguments.dir))))
     else:
