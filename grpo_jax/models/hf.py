@@ -80,7 +80,8 @@ def load_model(
         dtype: what is computed in, "float32" or "bfloat16".
         mesh: the parameters go straight into their sharding on it; by default the first device.
         param_dtype: what the parameters are stored in, float32 by default, see ``Model``.
-        precision, remat: see ``Model``.
+        precision: of `Model`.
+        remat: of `Model`.
         longest: tokens of the longest text of the run. Only rotaries whose frequencies depend on a text's length ask
             for it; there a text longer than the model was first trained for is an error without it, and with it every
             text has the frequencies of the longest.
