@@ -68,7 +68,8 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
     shards = model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
     spec = model.spec
     token = sum(2 * layer.kv_heads * layer.head_dim for layer in spec.layers) * np.dtype(model.dtype).itemsize
-    prompts = config.rollout.prompts_per_step * prompt_len
+    slots = min(rows, config.rollout.slots or rows)
+    cache = (slots * config.rollout.max_new_tokens + config.rollout.prompts_per_step * prompt_len) * token
     return {
         "parameters": parameters,
         "optimizer": 2 * trained,
@@ -76,7 +77,7 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
         "reference": parameters if config.loss.kl_coef and model.lora is None else 0,
         "critic": 3 * parameters if config.algorithm.has_critic and not config.critic.shared_trunk else 0,
         "decode view": int(parameters * narrow * model.compute.mesh.shape["fsdp"]),
-        "KV cache": (rows * config.rollout.max_new_tokens + prompts) * token // shards,
+        "KV cache": min(cache, (config.rollout.kv_memory_mb or cache) * 2**20) // shards,
         "batch": layout.row_counts[-1] * layout.row_len * 4 * 8 // shards,
     }
 
