@@ -26,6 +26,10 @@ SMALLEST_SHARE = 1 / 8
 """The least part of the time limit that a retried piece gets."""
 
 
+MOST_SAID = 3
+"""Losses of a function that a batch tells one by one."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What the reward functions said about N completions.
@@ -35,7 +39,7 @@ class Scores:
         rewards: [F, N] float64, NaN where a function gave no answer (None, NaN, out of time, process died).
         timeout_counts: [F] completions that lost this reward to the time limit.
         crash_counts: [F] completions that lost this reward because its process died.
-        warnings: one line per loss, to be logged.
+        warnings: one line per loss, to be logged; of many of a function the first ones and their number.
         extra: columns that functions logged, N values each, None where a function that logs had no time. A column
             that a second function logs as well goes by "function/column".
         metrics: figures that functions logged; of one name several times, their mean.
@@ -48,6 +52,12 @@ class Scores:
     warnings: tuple[str, ...]
     extra: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+def few(name: str, losses: list[str]) -> list[str]:
+    """What is said of a function's losses in a batch: at most ``MOST_SAID`` of them, and how many more there are."""
+    more = len(losses) - MOST_SAID
+    return losses if more <= 0 else [*losses[:MOST_SAID], f"reward {name!r}: {more} more such losses in this batch"]
 
 
 class RewardPool:
@@ -158,7 +168,9 @@ class RewardPool:
             rewards=values,
             timeout_counts=tuple(part.timeouts for part in ordered),
             crash_counts=tuple(part.crashes for part in ordered),
-            warnings=tuple(warning for part in ordered for warning in part.warnings),
+            warnings=tuple(
+                line for name, part in zip(self.names, ordered, strict=True) for line in few(name, part.warnings)
+            ),
             extra=_columns(self.names, ordered),
             metrics=_figures(ordered),
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.rewards import RewardPool
+from grpo_jax.rewards.pool import few
 
 from . import hostile
 
@@ -229,3 +230,9 @@ def test_a_worker_starts_fast():
         with RewardPool(["exact_match"]):
             times.append(time.monotonic() - begun)
     assert min(times) < 0.3
+
+
+def test_many_losses_of_a_function_are_a_few_lines():
+    losses = [f"row {row}" for row in range(5)]
+    assert few("judge", losses[:3]) == losses[:3]
+    assert few("judge", losses) == [*losses[:3], "reward 'judge': 2 more such losses in this batch"]
