@@ -16,7 +16,8 @@ part() { # name, seconds, command
 }
 
 part versions 60 "python3 -c 'import jax; print(jax.__version__, jax.devices())'; nvidia-smi --query-gpu=name,memory.total --format=csv"
-part tests 240 "python3 -m pytest -m gpu tests/test_gpu.py"
-part quickstart 120 "python3 scripts/train.py --output_dir $out/quickstart --compilation_cache none && cat $out/quickstart/summary.json"
-part algo 120 "python3 scripts/bench_algo.py head"
+part tests 150 "python3 -m pytest -m gpu tests/test_gpu.py"
+part quickstart 120 "python3 scripts/train.py --steps 40 --output_dir $out/quickstart --compilation_cache none && cat $out/quickstart/summary.json"
+part algo 90 "python3 scripts/bench_algo.py head"
+part rollout 120 "python3 scripts/bench_rollout.py --quick"
 exit $status
