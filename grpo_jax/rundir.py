@@ -51,7 +51,7 @@ def open_run(config: TrainConfig, name: str) -> Path:
                 f"output_dir: {directory} holds a run of another config ({'; '.join(different[:MOST_SHOWN])}{more}); "
                 "nothing was changed; give the recorded values to go on, or another output_dir"
             )
-        if not different:
+        if not different and _read_back(recorded).steps == config.steps:
             return directory
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(
@@ -70,10 +70,16 @@ def open_run(config: TrainConfig, name: str) -> Path:
 
 
 def differences(recorded: TrainConfig, asked: TrainConfig) -> list[str]:
-    """Fields in which two configs differ, as "path: recorded -> asked"."""
+    """Fields in which two configs differ, as "path: recorded -> asked", but for those in which a run may.
+
+    A run may be made longer where its learning rates do not depend on its length.
+    """
     old, new = _flat(recorded.model_dump()), _flat(asked.model_dump())
-    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-    return [f"{k}: {old.get(k, 'not there')!r} -> {new.get(k, 'not there')!r}" for k in changed if k not in MAY_DIFFER]
+    may = MAY_DIFFER
+    if asked.steps > recorded.steps and asked.optim.schedule == asked.critic.schedule == "constant":
+        may = may | {"steps"}
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in may]
+    return [f"{k}: {old.get(k, 'not there')!r} -> {new.get(k, 'not there')!r}" for k in changed]
 
 
 def newest_checkpoint(directory: Path) -> int | None:

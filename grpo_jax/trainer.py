@@ -200,6 +200,11 @@ class _Run:
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
         layout = layout_of(config, self.model, prompt_len)
         self.facts = [report(self.model, config, layout, prompt_len)]
+        if len(prompts) < config.rollout.prompts_per_step:
+            self.facts.append(
+                f"rollout.prompts_per_step: got {config.rollout.prompts_per_step} with {len(prompts)} prompts to draw "
+                "from, so a step holds some of them several times"
+            )
         self.facts += [*prompts.reports, *(each.report for each in sets.values() if each.report)]
         self.learning = Learning(config, self.model, params, layout, self.phases)
         self._start()

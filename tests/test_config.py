@@ -170,3 +170,9 @@ def test_bfloat16_corrects_for_the_sampler_unless_told_otherwise():
 @pytest.mark.parametrize("preset", ["ppo", "reinforce", "reinforce_baseline", "reinforce_pp", "remax"])
 def test_one_sample_a_prompt_is_enough_where_samples_are_not_compared(preset):
     assert TrainConfig.from_tables({"algorithm": {"preset": preset}, "rollout": {"num_samples": 1}}).steps
+
+
+def test_a_kl_that_is_switched_off_is_not_in_the_reward():
+    config = TrainConfig.from_tables({"algorithm": {"preset": "rloo", "loss": {"kl_coef": 0.0}}})
+    assert config.loss.kl_coef == 0 and not config.loss.kl_in_reward
+    assert TrainConfig.from_tables({"algorithm": {"preset": "rloo"}}).loss.kl_in_reward

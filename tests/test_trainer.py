@@ -315,3 +315,23 @@ def test_contract_10_the_reference_stays_where_the_run_started(checkpoint, tmp_p
     train(checkpoint, tmp_path / "moves", steps=6, algorithm={"preset": "grpo"}, eval={"every": None, "samples": 0})
     rows = [row for row in read_json_lines(tmp_path / "moves" / "metrics.jsonl") if "kl" in row]
     assert abs(rows[0]["kl"]) < 1e-6 < 2 * rows[1]["kl"] < rows[-1]["kl"]
+
+
+def test_a_run_can_be_made_longer(checkpoint, tmp_path):
+    """At a constant learning rate two steps and then two more are four, to the bit."""
+    tables = {"eval": {"samples": 0, "every": None}, "optim": {"schedule": "constant"}}
+    train(checkpoint, tmp_path / "straight", steps=4, **tables)
+    train(checkpoint, tmp_path / "longer", steps=2, **tables)
+    trainer, summary = train(checkpoint, tmp_path / "longer", steps=4, **tables)
+    weights = [(tmp_path / run / "hf" / "model.safetensors").read_bytes() for run in ("straight", "longer")]
+    assert summary["steps"] == 4 and weights[0] == weights[1]
+    assert TrainConfig.from_toml(tmp_path / "longer" / "config.toml").steps == 4
+    with pytest.raises(ValueError, match="steps: 4 -> 3"):
+        train(checkpoint, tmp_path / "longer", steps=3, **tables)
+
+
+def test_a_run_whose_learning_rate_ends_cannot_be_made_longer(checkpoint, tmp_path):
+    tables = {"eval": {"samples": 0, "every": None}, "optim": {"schedule": "linear"}}
+    train(checkpoint, tmp_path / "run", steps=1, **tables)
+    with pytest.raises(ValueError, match="steps: 1 -> 2"):
+        train(checkpoint, tmp_path / "run", steps=2, **tables)

@@ -144,6 +144,8 @@ class AlgorithmConfig(Section):
         own = {name: getattr(recipe, name) for name in cls.model_fields if hasattr(recipe, name) and name != "loss"}
         loss = {name: getattr(recipe.loss, name) for name in LossSection.model_fields}
         given = values.get("loss", {})
+        if isinstance(given, dict) and given.get("kl_coef") == 0:
+            loss["kl_in_reward"] = False  # who switches the KL off does not mean to be asked where it is
         return own | values | {"loss": loss | given if isinstance(given, dict) else given}
 
     @property

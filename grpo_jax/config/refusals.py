@@ -99,7 +99,7 @@ def _rewards(config: TrainConfig) -> list[Refusal]:
             and (not algorithm.soft_overlong or algorithm.overlong_buffer_len > rollout.max_new_tokens),
             f"got {algorithm.overlong_buffer_len} with soft_overlong = {algorithm.soft_overlong} and completions of up "
             f"to {rollout.max_new_tokens} tokens; it is the length of soft_overlong's ramp before that limit. Switch "
-            "soft_overlong on and choose at most the limit, or leave it out.",
+            "soft_overlong on and choose at most the limit, or set it to none.",
         ),
         (
             "algorithm.soft_overlong",

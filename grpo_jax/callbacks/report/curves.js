@@ -78,6 +78,7 @@ const escaped = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").
 function draw(plot) {
   const chart = plot.chart;
   const axis = { gridcolor: colour("line"), linecolor: colour("line"), zeroline: false, automargin: true };
+  const last = Math.max(...chart.traces.flatMap(({ x }) => x.slice(-1)));
   const layout = {
     autosize: true,
     margin: { l: 44, r: 10, t: 8, b: 30 },
@@ -89,7 +90,7 @@ function draw(plot) {
     hovermode: "x unified",
     modebar: { bgcolor: "transparent", color: colour("quiet"), activecolor: colour("accent") },
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
-    xaxis: { ...axis, hoverformat: "d", tickformat: "d" },
+    xaxis: { ...axis, hoverformat: "d", tickformat: "d", ...(last < 8 ? { dtick: 1 } : {}) },
     yaxis: { ...axis, tickformat: chart.form, type: chart.log ? "log" : "linear", exponentformat: "power" },
   };
   const fixed = range(chart);
