@@ -31,12 +31,15 @@ def named(path: Path) -> str:
 
 def small(config: TrainConfig | None) -> TrainConfig:
     """The same run in seconds: what the page shows is what runs, only shorter."""
-    tables = (config or TrainConfig()).model_dump()
+    tables = (config or TrainConfig()).model_dump(exclude_unset=True)
     tables |= {"steps": 1, "compilation_cache": None}
-    tables["rollout"] |= {"prompts_per_step": 2, "num_samples": 2, "max_new_tokens": 4}
-    tables["optim"] |= {"minibatches": 1, "microbatch_rows": None}
-    tables["eval"] |= {"prompts": 2, "samples": 0}
-    tables["algorithm"]["overlong_buffer_len"] = None
+    shorter = {
+        "rollout": {"prompts_per_step": 2, "num_samples": 2, "max_new_tokens": 4},
+        "optim": {"minibatches": 1, "microbatch_rows": None},
+        "eval": {"prompts": 2, "samples": 0},
+    }
+    for name, table in shorter.items():
+        tables[name] = tables.get(name, {}) | table
     return TrainConfig.from_tables(tables)
 
 
