@@ -131,7 +131,7 @@ def cost(output: Path) -> str:
     model = output / "wide"
     if not model.exists():
         tiny_checkpoint(model, scale=1.0, vocab_size=8192, max_position_embeddings=512, **WIDE)
-    shape = f"--model.path {model} --reward.functions repetition_penalty --steps 4 --eval.every none --eval.prompts 8 "
+    shape = f"--model.path {model} --reward.functions repetition_penalty --steps 6 --eval.every none --eval.prompts 8 "
     shape += "--eval.samples 0 --rollout.prompts_per_step 8 --rollout.num_samples 8 --rollout.max_new_tokens 64 "
     shape += "--optim.microbatch_rows 16 --checkpoint.every none"
     lines = ["| | s a step | times GRPO | peak MiB | times GRPO |", "|---|---|---|---|---|"]
@@ -157,7 +157,7 @@ def write(page: Path, name: str, text: str) -> None:
 
 def pace(rung: Rung, output: Path) -> dict:
     """Seconds per step and peak memory, of short runs one right after the other: run these on an idle machine."""
-    options = f"{rung.options} --steps 8 --eval.every none --eval.prompts 8 --eval.samples 0 --checkpoint.every none"
+    options = f"{rung.options} --steps 10 --eval.every none --eval.prompts 8 --eval.samples 0 --checkpoint.every none"
     return read(train(options, output / f"pace-{rung.place}", output))
 
 
@@ -206,7 +206,7 @@ def draw(results: dict[str, list[dict]], noises: dict[str, float], paces: dict[s
     axes[0, 0].set_title("accuracy: mean over seeds, band from least to most")
     axes[0, 0].legend(fontsize=8)
     bars = (
-        (axes[0, 1], "noise of the gradient estimate (trace of covariance / squared length)", noises),
+        (axes[0, 1], "gradient noise (trace of covariance / squared length)", noises),
         (axes[1, 0], "peak memory (MiB)", {name: found["memory"] / 2**20 for name, found in paces.items()}),
         (axes[1, 1], "seconds per step", {name: found["seconds"] for name, found in paces.items()}),
     )
@@ -215,7 +215,8 @@ def draw(results: dict[str, list[dict]], noises: dict[str, float], paces: dict[s
         axis.barh(names, [values[name] for name in names], color=[colors[name] for name in names])
         axis.invert_yaxis()
         axis.set_title(title)
-        axis.bar_label(axis.containers[0], fmt="%.3g", padding=3)
+        axis.bar_label(axis.containers[0], fmt=lambda x: f"{x:.0f}" if x >= 100 else f"{x:.2f}", padding=3)
+        axis.margins(x=0.15)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -289,5 +289,5 @@ def test_a_second_ctrl_c_stops_at_once(capsys, directory):
     (directory / "signals").write_text("2")
     status, err, _ = said(capsys, "config.toml", "--reward.functions", "rewards.py:stopping", "--output_dir", "twice")
     (directory / "signals").unlink()
-    assert status == 130 and err == "interrupted at once"
+    assert status == 130 and err.splitlines()[-1] == "interrupted at once"
     assert not (directory / "twice" / "checkpoints" / "1").exists()
