@@ -125,11 +125,11 @@ def test_a_table_lies_over_a_table_and_replaces_anything_else():
     assert below == {"a": 1, "b": {"c": 1, "d": {"e": 1}}, "f": "x"}
 
 
-def test_a_preset_over_the_quickstart_says_how_to_have_it():
+def test_a_preset_over_the_quickstart_has_no_kl_in_the_reward_either():
+    config, _ = parse(["--algorithm.preset", "rloo"])
+    assert config.algorithm.advantage == "rloo" and config.loss.kl_coef == 0 and not config.loss.kl_in_reward
     with pytest.raises(ValueError, match=r"kl_coef is 0, .* Give kl_coef a value, or set it false\.$"):
-        parse(["--algorithm.preset", "rloo"])
-    config, _ = parse(["--algorithm.preset", "rloo", "--algorithm.loss.kl_in_reward", "false"])
-    assert config.algorithm.advantage == "rloo" and config.loss.kl_coef == 0
+        parse(["--algorithm.preset", "rloo", "--algorithm.loss.kl_in_reward", "true"])
 
 
 @pytest.mark.parametrize("before", ["none", "one.jsonl", '{"a.jsonl" = 3}'])

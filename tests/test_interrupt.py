@@ -75,7 +75,7 @@ def test_off_the_main_thread_nothing_is_installed():
     ("command", "expected"),
     [
         (["scripts/train.py"], "python scripts/train.py --output_dir 'runs/a b'"),
-        (["/opt/bin/grpo-jax", "c.toml"], "grpo-jax c.toml --output_dir 'runs/a b'"),
+        (["/usr/local/bin/grpo-jax", "c.toml"], "grpo-jax c.toml --output_dir 'runs/a b'"),
         (["t.py", "--output_dir=x", "--steps", "3"], "python t.py --output_dir=x --steps 3"),
         (["t.py", "--output_dir", "x y"], "python t.py --output_dir 'x y'"),
     ],

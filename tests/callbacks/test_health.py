@@ -224,7 +224,9 @@ def test_a_real_run_that_never_stops_and_has_a_reward_without_answers_says_both(
     def letters(prompts, completions, completion_ids, **columns):
         return [float(sum(c.isalpha() for c in text)) for text in completions]
 
-    said = warnings_of(checkpoint, tmp_path / "run", [letters, nothing], rollout={"stop_token_ids": [60], "banned_token_ids": [60]})
+    said = warnings_of(
+        checkpoint, tmp_path / "run", [letters, nothing], rollout={"stop_token_ids": [60], "banned_token_ids": [60]}
+    )
     assert len(said) == 2 and any("'nothing' gave no answer" in text for text in said)
     assert any("none of the 96 completions" in text and "'<eos>' (token 1)" in text for text in said)
 
