@@ -5,6 +5,7 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,30 @@ async def _cancel_all() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@dataclass(frozen=True)
+class LocalCall:
+    """A call that has begun.
+
+    Attributes:
+        number: of the function.
+        batch: what it was called with.
+        start: the place of the batch's first row in the whole batch.
+        result: what it returned, or will give.
+        notes: what it logs.
+    """
+
+    number: int
+    batch: Batch
+    start: int
+    result: Any
+    notes: Notes
+
+    def cancel(self) -> None:
+        """Await it no longer."""
+        if isinstance(self.result, Future):
+            self.result.cancel()
+
+
 class LocalRewards:
     """Several reward functions, called in this thread one after the other; what they leave to await overlaps."""
 
@@ -60,24 +85,27 @@ class LocalRewards:
         self._functions = functions
         self._loop: LoopThread | None = None
 
-    def score(self, batch: Batch) -> dict[int, Answer]:
-        """What every function says, by its number.
+    def begin(self, number: int, batch: Batch, start: int) -> LocalCall:
+        """Call a function; one that is ``async def`` goes on while others are called.
 
         Raises:
-            ValueError: a function raised or broke its contract.
+            ValueError: it raised.
         """
-        begun: dict[int, tuple[Any, Notes]] = {}
-        try:
-            for number, (name, function) in self._functions.items():
-                begun[number] = self._guard(name, function, batch, partial(self._begin, function, batch))
-            return {
-                number: self._guard(name, function, batch, partial(_finish, *begun[number], len(batch)))
-                for number, (name, function) in self._functions.items()
-            }
-        finally:
-            for result, _ in begun.values():
-                if isinstance(result, Future):
-                    result.cancel()
+        function, notes = self._functions[number][1], Notes()
+
+        def call() -> Any:
+            result = function(**batch.arguments(function, notes))
+            return self._running_loop().submit(result) if isinstance(result, Awaitable) else result
+
+        return LocalCall(number, batch, start, self._guard(number, batch, start, call), notes)
+
+    def finish(self, call: LocalCall) -> Answer:
+        """What it says.
+
+        Raises:
+            ValueError: it raised or broke its contract.
+        """
+        return self._guard(call.number, call.batch, call.start, partial(_finish, call))
 
     def close(self) -> None:
         """End the event loop, if one was needed."""
@@ -85,20 +113,16 @@ class LocalRewards:
             self._loop.close()
             self._loop = None
 
-    def _begin(self, function: Reward, batch: Batch) -> tuple[Any, Notes]:
-        notes = Notes()
-        result = function(**batch.arguments(function, notes))
-        return self._running_loop().submit(result) if isinstance(result, Awaitable) else result, notes
-
-    def _guard(self, name: str, function: Reward, batch: Batch, do: Callable[[], Any]) -> Any:
+    def _guard(self, number: int, batch: Batch, start: int, do: Callable[[], Any]) -> Any:
+        name, function = self._functions[number]
         try:
             return do()
         except (KeyboardInterrupt, MemoryError):
             raise
         except RewardProblem as problem:
-            raise problem.error(name) from None
+            raise problem.error(name, start) from None
         except BaseException as error:
-            raise raised(function, batch, self._wait, error).error(name) from error
+            raise raised(function, batch, self._wait, error).error(name, start) from error
 
     def _wait(self, awaitable: Awaitable[Any]) -> Any:
         return self._running_loop().submit(awaitable).result()
@@ -108,5 +132,6 @@ class LocalRewards:
         return self._loop
 
 
-def _finish(result: Any, notes: Notes, count: int) -> Answer:
-    return answered(result.result() if isinstance(result, Future) else result, notes, count)
+def _finish(call: LocalCall) -> Answer:
+    result = call.result.result() if isinstance(call.result, Future) else call.result
+    return answered(result, call.notes, len(call.batch))

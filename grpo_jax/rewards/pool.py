@@ -1,63 +1,22 @@
 """All reward functions of a run, scored together: [F, N] rewards and what went wrong."""
 
-import json
 import math
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
-from grpo_jax.rewards.call import Answer, Batch, RewardProblem, missing_column
-from grpo_jax.rewards.local import LocalRewards
+from grpo_jax.rewards import REWARDS
+from grpo_jax.rewards.attempts import Attempts, Patience, encode
+from grpo_jax.rewards.call import Batch, RewardProblem, missing_column
+from grpo_jax.rewards.local import LocalCall, LocalRewards
 from grpo_jax.rewards.lookup import RESERVED, SAMPLES, Reward, bind, nearest, needed_columns, unique_names
-from grpo_jax.rewards.process import WorkerDied, WorkerProcess
+from grpo_jax.rewards.process import WorkerProcess
+from grpo_jax.rewards.scores import Part, Scores
 from grpo_jax.rewards.state import TrainerState
 
-RETRY_FACTOR = 8
-"""After its first failure a batch is given up within this many times (time limit + start of a worker)."""
-
-SMALLEST_SHARE = 1 / 8
-"""The least part of the time limit that a retried piece gets."""
-
-
-MOST_SAID = 3
-"""Losses of a function that a batch tells one by one."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the reward functions said about N completions.
-
-    Attributes:
-        names: [F] names for logging, unique.
-        rewards: [F, N] float64, NaN where a function gave no answer (None, NaN, out of time, process died).
-        timeout_counts: [F] completions that lost this reward to the time limit.
-        crash_counts: [F] completions that lost this reward because its process died.
-        warnings: one line per loss, to be logged; of many of a function the first ones and their number.
-        extra: columns that functions logged, N values each, None where a function that logs had no time. A column
-            that a second function logs as well goes by "function/column".
-        metrics: figures that functions logged; of one name several times, their mean.
-    """
-
-    names: tuple[str, ...]
-    rewards: np.ndarray
-    timeout_counts: tuple[int, ...]
-    crash_counts: tuple[int, ...]
-    warnings: tuple[str, ...]
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def few(name: str, losses: list[str]) -> list[str]:
-    """What is said of a function's losses in a batch: at most ``MOST_SAID`` of them, and how many more there are."""
-    more = len(losses) - MOST_SAID
-    return losses if more <= 0 else [*losses[:MOST_SAID], f"reward {name!r}: {more} more such losses in this batch"]
+__all__ = ["RewardPool", "Scores", "Scoring"]
 
 
 class RewardPool:
@@ -68,6 +27,10 @@ class RewardPool:
     to the completions that are at fault: they alone get NaN. A retried piece of n of N completions gets
     ``timeout_seconds * max(2n/N, 1/8)``. ``score`` returns within 9 times ``timeout_seconds`` plus 10 times
     the seconds that starting this worker takes; what is unscored then is NaN too, and counted.
+
+    `begin` scores a batch while its completions come: a built-in given by name, and what ``stream`` names, is called
+    on each group that is handed over instead of once on all, each call under the time limit, and failures together
+    cost no more than above. The other functions get the whole batch at its end.
 
     Function objects run in the calling process, one after the other, awaitables of all of them together, without a
     time limit. One thread scores at a time. Use as a context manager, or call ``close``. On Linux no worker outlives
@@ -81,6 +44,7 @@ class RewardPool:
         memory_limit_mb: int | None = 4096,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         state: TrainerState | None = None,
+        stream: Collection[str] = (),
     ) -> None:
         """Start a worker for every reward given by name, and load it there.
 
@@ -90,6 +54,8 @@ class RewardPool:
             memory_limit_mb: address space of a worker; None for no limit.
             options: parameters bound to a reward, by its name in ``unique_names(specs)``.
             state: what is known before the first step: the length of the run and of its completions.
+            stream: rewards, by their names in ``unique_names(specs)``, that judge a completion by itself and so may
+                be called on each group as soon as it is sampled; built-ins given by name always are.
 
         Raises:
             ValueError: an argument or option that cannot be, or a reward that is not found or does not load.
@@ -99,6 +65,9 @@ class RewardPool:
         self.names = unique_names(specs)
         self.state = state or TrainerState()
         bound = _checked_options(options or {}, self.names)
+        named = _checked_names("reward.stream", stream, self.names)
+        built_in = (n for n, spec in enumerate(specs) if isinstance(spec, str) and spec in REWARDS)
+        self._streamed = {*map(self.names.index, named), *built_in}
         self._timeout = timeout_seconds
         self._workers = {
             number: WorkerProcess(self.names[number], spec, bound[number], memory_limit_mb, self.state)
@@ -113,10 +82,11 @@ class RewardPool:
         self._needs = {name: needed_columns(function) for name, function in functions.values()}
         self._local = LocalRewards(functions)
         # A worker lives no longer than the thread that starts it: these threads stay until the pool is closed.
-        self._threads = ThreadPoolExecutor(max(1, len(self._workers)), thread_name_prefix="grpo_jax rewards")
-        self._finalizer = weakref.finalize(self, _stop, self._threads, list(self._workers.values()), self._local)
+        self._threads = {n: ThreadPoolExecutor(1, thread_name_prefix="grpo_jax rewards") for n in self._workers}
+        parts = list(self._threads.values()), list(self._workers.values()), self._local
+        self._finalizer = weakref.finalize(self, _stop, *parts)
         try:
-            _results([self._threads.submit(worker.ensure) for worker in self._workers.values()])
+            _results([self._threads[n].submit(worker.ensure) for n, worker in self._workers.items()])
         except BaseException:
             self.close()
             raise
@@ -158,22 +128,12 @@ class RewardPool:
             ValueError: lengths that differ, a column that cannot travel, or a reward function that raised or
                 returned something else than N finite numbers or None.
         """
-        batch = Batch(prompts, completions, completion_ids, columns, state or self.state)
-        _check_batch(batch)
-        parts = self._scored(batch) if len(batch) else {n: _Part.blank(0) for n in range(len(self.names))}
-        ordered = [parts[number] for number in range(len(self.names))]
-        values = np.stack([part.values for part in ordered])
-        return Scores(
-            names=self.names,
-            rewards=values,
-            timeout_counts=tuple(part.timeouts for part in ordered),
-            crash_counts=tuple(part.crashes for part in ordered),
-            warnings=tuple(
-                line for name, part in zip(self.names, ordered, strict=True) for line in few(name, part.warnings)
-            ),
-            extra=_columns(self.names, ordered),
-            metrics=_figures(ordered),
-        )
+        with self.begin() as scoring:
+            return scoring.finish(Batch(prompts, completions, completion_ids, columns, state or self.state))
+
+    def begin(self) -> "Scoring":
+        """A batch that is scored while its completions come; end one before the next."""
+        return Scoring(self)
 
     def close(self) -> None:
         """Kill the workers; the pool cannot be used after this."""
@@ -187,157 +147,82 @@ class RewardPool:
         """Close."""
         self.close()
 
-    def _scored(self, batch: Batch) -> "dict[int, _Part]":
-        cancel = threading.Event()
-        whole = _encode(batch) if self._workers else b""
-        futures = {
-            number: self._threads.submit(
-                _score_in_worker, worker, self.names[number], batch, whole, self._timeout, cancel
-            )
-            for number, worker in self._workers.items()
-        }
-        try:
-            local = self._local.score(batch)
-            remote = dict(zip(futures, _results(list(futures.values())), strict=True))
-        except BaseException:
-            cancel.set()
-            for worker in self._workers.values():
+
+class Scoring:
+    """One batch: `add` the groups that are done, in any order, and `finish` with all. What is left at its exit ends."""
+
+    def __init__(self, pool: RewardPool):
+        """Nothing is asked yet."""
+        self._pool, self._cancel = pool, threading.Event()
+        self._patience = {number: Patience() for number in pool._workers}
+        self._remote: dict[int, dict[int, Future[Part]]] = {}  # by function and by the first row of a group
+        self._local: dict[int, dict[int, LocalCall]] = {}
+        self._added = 0
+
+    def add(self, start: int, batch: Batch) -> None:
+        """Ask the functions that are called by group.
+
+        Args:
+            start: place of the group's first row in the whole batch.
+            batch: the group; its columns are those of the whole batch.
+
+        Raises:
+            ValueError: as `RewardPool.score`.
+        """
+        self._added += len(batch)
+        self._begin(self._pool._streamed, start, batch)
+
+    def finish(self, batch: Batch) -> Scores:
+        """Ask the others, and wait for all.
+
+        Args:
+            batch: all rows, those that were added among them, all of them or none.
+
+        Raises:
+            ValueError: as `RewardPool.score`.
+        """
+        if self._added not in (0, len(batch)):
+            raise ValueError(f"got {len(batch)} completions at the end and {self._added} before it; add all or none")
+        everyone = range(len(self._pool.names))
+        self._begin([n for n in everyone if not self._added or n not in self._pool._streamed], 0, batch)
+        local = {n: {at: self._pool._local.finish(c) for at, c in calls.items()} for n, calls in self._local.items()}
+        pieces = {n: {at: Part.of(answer) for at, answer in answers.items()} for n, answers in local.items()}
+        for number, futures in self._remote.items():
+            ordered = dict(sorted(futures.items()))
+            pieces[number] = dict(zip(ordered, _results(list(ordered.values())), strict=True))
+        return Scores.of(self._pool.names, [Part.joined(len(batch), pieces.get(n, {})) for n in everyone])
+
+    def __enter__(self) -> "Scoring":
+        """Itself."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """After an error: cancel what is awaited, and kill the workers."""
+        for calls in self._local.values():
+            for call in calls.values():
+                call.cancel()
+        if kind is not None:
+            self._cancel.set()
+            for worker in self._pool._workers.values():
                 worker.kill()
-            raise
-        return {**remote, **{number: _Part.of(answer) for number, answer in local.items()}}
 
+    def _begin(self, numbers: Collection[int], start: int, batch: Batch) -> None:
+        _check_batch(batch)
+        if not len(batch):
+            return
+        remote = [number for number in sorted(numbers) if number in self._pool._workers]
+        request = encode(batch) if remote else b""
+        for number in remote:
+            self._remote.setdefault(number, {})[start] = self._submit(number, batch, request, start)
+        for number in sorted(set(numbers) - set(remote)):
+            self._local.setdefault(number, {})[start] = self._pool._local.begin(number, batch, start)
 
-@dataclass
-class _Part:
-    """One function's row of ``Scores``, while it is filled; figures with the number of completions they are of."""
-
-    values: np.ndarray
-    timeouts: int = 0
-    crashes: int = 0
-    warnings: list[str] = field(default_factory=list)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    figures: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
-
-    @staticmethod
-    def blank(count: int) -> "_Part":
-        return _Part(np.full(count, np.nan))
-
-    @staticmethod
-    def of(answer: Answer) -> "_Part":
-        part = _Part.blank(len(answer.rewards))
-        part.put(0, answer.rewards, answer.logged.extra, answer.logged.metrics)
-        return part
-
-    def put(
-        self,
-        start: int,
-        rewards: list[float | None],
-        extra: Mapping[str, list[Any]],
-        metrics: Mapping[str, float],
-    ) -> None:
-        """Note what was said of the completions from ``start`` on."""
-        rows = slice(start, start + len(rewards))
-        self.values[rows] = np.array(rewards, dtype=np.float64)
-        for column, values in extra.items():
-            self.extra.setdefault(column, [None] * len(self.values))[rows] = values
-        for name, value in metrics.items():
-            self.figures.setdefault(name, []).append((value, len(rewards)))
-
-
-def _columns(names: Sequence[str], parts: Sequence[_Part]) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {}
-    for name, part in zip(names, parts, strict=True):
-        out |= {f"{name}/{column}" if column in out else column: values for column, values in part.extra.items()}
-    return out
-
-
-def _figures(parts: Sequence[_Part]) -> dict[str, float]:
-    said: dict[str, list[tuple[float, int]]] = {}
-    for part in parts:
-        for name, figures in part.figures.items():
-            said.setdefault(name, []).extend(figures)
-    return {
-        name: math.fsum(value * rows for value, rows in figures) / max(1, sum(rows for _, rows in figures))
-        for name, figures in said.items()
-    }
-
-
-class RewardTraceback(Exception):
-    """The traceback of a function that raised in its process, as text."""
-
-
-def _score_in_worker(
-    worker: WorkerProcess, name: str, batch: Batch, whole: bytes, timeout: float, cancel: threading.Event
-) -> _Part:
-    """The batch, then its halves, and so on, breadth first, until all is scored, at fault or out of time."""
-    part = _Part.blank(len(batch))
-    pieces = deque([(0, len(batch))])
-    deadline = math.inf
-    while pieces and not cancel.is_set():
-        start, stop = pieces.popleft()
-        first = deadline == math.inf
-        limit = timeout if first else timeout * max(2 * (stop - start) / len(batch), SMALLEST_SHARE)
-        try:
-            worker.ensure()
-            request = whole if first else _encode(batch.rows(start, stop))
-            limit = min(limit, deadline - time.monotonic())
-            answer = worker.ask(request, limit) if limit > 0 else None
-        except (TimeoutError, WorkerDied) as failure:
-            deadline = min(deadline, time.monotonic() + RETRY_FACTOR * (timeout + worker.start_seconds))
-            if stop - start > 1:
-                middle = (start + stop) // 2
-                pieces += [(start, middle), (middle, stop)]
-            else:
-                _lose(part, name, start, failure, limit)
-            continue
-        if answer is None:
-            _give_up(part, name, start, stop)
-        elif "rewards" in answer:
-            part.put(start, answer["rewards"], answer["extra"], answer["metrics"])
-        else:
-            error = RewardProblem(answer["problem"], answer["row"]).error(name, first_row=start)
-            raise error from (RewardTraceback(answer["trace"]) if answer["trace"] else None)
-    return part
-
-
-def _lose(part: _Part, name: str, row: int, failure: Exception, limit: float) -> None:
-    if isinstance(failure, TimeoutError):
-        part.timeouts += 1
-        part.warnings.append(f"reward {name!r}, row {row}: no answer within {limit:.3g} s, counted as None")
-    else:
-        part.crashes += 1
-        part.warnings.append(f"reward {name!r}, row {row}: its process {failure}, counted as None")
-
-
-def _give_up(part: _Part, name: str, start: int, stop: int) -> None:
-    part.timeouts += stop - start
-    part.warnings.append(
-        f"reward {name!r}, rows {start} to {stop - 1}: the time to try this batch again is spent, counted as None"
-    )
-
-
-def _encode(batch: Batch) -> bytes:
-    message = {name: list(getattr(batch, name)) for name in SAMPLES}
-    try:
-        columns = {name: list(values) for name, values in batch.columns.items()}
-        whole = {**message, "columns": columns, "state": asdict(batch.state)}
-        return json.dumps(whole, default=_plain).encode() + b"\n"
-    except (TypeError, ValueError) as error:
-        for name, values in [*batch.columns.items(), *message.items()]:
-            try:
-                json.dumps(list(values), default=_plain)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"column {name!r}: cannot be sent to a reward's process ({error}); "
-                    "make it strings, numbers, lists or objects of these, or drop it"
-                ) from error
-        raise
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} is not JSON")
+    def _submit(self, number: int, batch: Batch, request: bytes, start: int) -> "Future[Part]":
+        pool = self._pool
+        attempts = Attempts(
+            pool._workers[number], pool.names[number], pool._timeout, self._cancel, self._patience[number]
+        )
+        return pool._threads[number].submit(attempts.score, batch, request, start)
 
 
 def _results(futures: "list[Future[Any]]") -> list[Any]:
@@ -349,10 +234,11 @@ def _results(futures: "list[Future[Any]]") -> list[Any]:
     return [future.result() for future in futures]
 
 
-def _stop(threads: ThreadPoolExecutor, workers: list[WorkerProcess], local: LocalRewards) -> None:
+def _stop(threads: list[ThreadPoolExecutor], workers: list[WorkerProcess], local: LocalRewards) -> None:
     for worker in workers:
         worker.close()
-    threads.shutdown(wait=True, cancel_futures=True)
+    for thread in threads:
+        thread.shutdown(wait=True, cancel_futures=True)
     local.close()
 
 
@@ -377,13 +263,18 @@ def _check_column_names(columns: Collection[str]) -> None:
 
 def _checked_options(options: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[Mapping[str, Any]]:
     """The options of each reward, in their order."""
-    for name in options:
+    _checked_names("reward.options", options, names)
+    return [options.get(name, {}) for name in names]
+
+
+def _checked_names(field: str, given: Collection[str], names: Sequence[str]) -> Collection[str]:
+    for name in given:
         if name not in names:
             raise ValueError(
-                f"reward.options.{name}: no reward function of that name in this run{nearest(name, names)}; "
+                f"{field}.{name}: no reward function of that name in this run{nearest(name, names)}; "
                 f"they are {', '.join(names)}"
             )
-    return [options.get(name, {}) for name in names]
+    return given
 
 
 def _check_specs(specs: Sequence[str | Reward]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.rewards import RewardPool
-from grpo_jax.rewards.pool import few
+from grpo_jax.rewards.scores import few
 
 from . import hostile
 
