@@ -1,13 +1,18 @@
 """Eight CPU devices in every test, set before jax is first imported.
 
 Compiling is most of what the tests cost. So XLA's CPU backend does not optimise here, which halves it, and programs
-are kept for the session. Runs that a test starts as processes of their own use the settings that users have.
+are kept on disk for the session. Runs that a test starts as processes of their own use the settings that users have.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
@@ -17,3 +22,25 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grpo_jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+MOST_MAPS = 16_000
+"""Memory maps at which a process gives its programs back: a quarter of what Linux allows one by default."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_given_back() -> Iterator[None]:
+    """Forget what was compiled, now and then, between two test files.
+
+    Every program compiled for the CPU holds three memory maps per object file. A process that has compiled thousands
+    reaches ``vm.max_map_count`` (65,530), and the next one to be compiled or loaded is a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        from grpo_jax.rollout.engine import PROGRAMS
+
+        PROGRAMS.clear()
+        jax.clear_caches()
+        gc.collect()
