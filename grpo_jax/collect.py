@@ -102,34 +102,39 @@ class Collector:
             wanted = config.rollout.prompts_per_step
             again, self._left_over = self._left_over[:wanted], self._left_over[wanted:]
             prompts = again + self._prompts.next(wanted - len(again))
-        with self._phases("rollout"):
-            rollout = self._engine.generate(
-                params,
-                prompts,
-                num_samples=config.rollout.num_samples,
-                sampling=self._sampling,
-                seed=config.seed,
-                step=step,
-            )
-        if not np.isfinite(rollout.sampler_logp).all():
-            raise ValueError(
-                f"after step {step} the model's log-probabilities are not finite, so what it samples means "
-                "nothing. Lower optim.learning_rate; an earlier checkpoint may still be sound."
-            )
-        with self._phases("reward"):
-            return prompts, rollout, self._scorer.rewards(prompts, rollout, self.progress(step))
+        return prompts, *self._sampled(params, prompts, config.rollout.num_samples, self._sampling, step)
+
+    def _sampled(
+        self, params: Params, prompts: list[Prompt], samples: int, sampling: Sampling, step: int
+    ) -> tuple[Rollout, Answers]:
+        """Completions, and what the reward functions say: a group goes to them when it is done, others decode on."""
+        groups: dict[int, Rollout] = {}
+        with self._scorer.begin(prompts, samples, self.progress(step)) as asking:
+            with self._phases("rollout"):
+                stream = iter(
+                    self._engine.stream(
+                        params, prompts, num_samples=samples, sampling=sampling, seed=self._config.seed, step=step
+                    )
+                )
+            while True:
+                with self._phases("rollout"):
+                    group = next(stream, None)
+                if group is None:
+                    break
+                _check_finite(group.rollout, step)
+                groups[group.prompt] = group.rollout
+                with self._phases("reward"):
+                    asking.add(group.prompt, group.rollout)
+            rollout = Rollout.join([groups[place] for place in range(len(prompts))])
+            with self._phases("reward"):
+                return rollout, asking.finish(rollout)
 
     def _greedy(self, params: Params, prompts: list[Prompt], step: int) -> np.ndarray | None:
         """[F, Q] rewards of one greedy completion per prompt, the baseline of remax; None for other estimators."""
         if self._config.algorithm.advantage != "remax":
             return None
-        with self._phases("rollout"):
-            sampling = replace(self._sampling, temperature=0.0, top_k=None, top_p=None)
-            rollout = self._engine.generate(
-                params, prompts, num_samples=1, sampling=sampling, seed=self._config.seed, step=step
-            )
-        with self._phases("reward"):
-            return self._scorer.rewards(prompts, rollout, self.progress(step)).by_function
+        sampling = replace(self._sampling, temperature=0.0, top_k=None, top_p=None)
+        return self._sampled(params, prompts, 1, sampling, step)[1].by_function
 
     def _select(
         self, rounds: list[tuple[list[Prompt], Rollout, Answers]], spread: np.ndarray, params: Params, step: int
@@ -164,3 +169,11 @@ class Collector:
             )
         metrics = {f"dynamic_sampling/{name}": float(count) for name, count in figures.items()}
         return Collected([prompts[i] for i in chosen], rollout, scored, metrics, warnings)
+
+
+def _check_finite(rollout: Rollout, step: int) -> None:
+    if not np.isfinite(rollout.sampler_logp).all():
+        raise ValueError(
+            f"after step {step} the model's log-probabilities are not finite, so what it samples means "
+            "nothing. Lower optim.learning_rate; an earlier checkpoint may still be sound."
+        )

@@ -16,6 +16,7 @@ from grpo_jax.data import decode
 from grpo_jax.functions import load_function
 from grpo_jax.mesh import from_first
 from grpo_jax.rewards import RewardPool, TrainerState
+from grpo_jax.rewards.call import Batch
 from grpo_jax.types import Prompt, Rollout
 
 
@@ -130,22 +131,12 @@ class Scorer:
             rollout: their samples.
             state: how far the run is, for functions that look at it; None for before its first step.
         """
-        samples = rollout.tokens.shape[0] // len(prompts)
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        ids = [rollout.completion_ids(n) for n in range(len(repeated))]
-        texts = [decode(self.tokenizer, row, self.stop_ids) for row in ids]
-        if self.pool is None:
-            nothing = np.zeros((len(self.config.reward.functions), len(repeated)), np.float32)
-            return Answers(texts, from_first(nothing))
-        names = sorted({name for prompt in prompts for name in prompt.columns or {}})
-        columns = {name: [(prompt.columns or {}).get(name) for prompt in repeated] for name in names}
-        said: list[Any] = [
-            text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(repeated, texts, strict=True)
-        ]
-        scores = self.pool.score([prompt.text for prompt in repeated], said, ids, columns, state)
-        by_function = from_first(scores.rewards.astype(np.float32))
-        return Answers(texts, by_function, scores.warnings, scores.extra, scores.metrics)
+        with self.begin(prompts, rollout.tokens.shape[0] // len(prompts), state) as asking:
+            return asking.finish(rollout)
+
+    def begin(self, prompts: list[Prompt], samples: int, state: TrainerState | None = None) -> "Asking":
+        """As `rewards`, for a rollout of ``samples`` a prompt whose groups are handed over as they are done."""
+        return Asking(self, prompts, samples, state)
 
     def spread(self, answers: Answers, prompt_count: int) -> np.ndarray:
         """[Q] bool: the group's weighted rewards, before shaping, differ (or those of ``algorithm.spread_of``)."""
@@ -200,6 +191,62 @@ class Scorer:
 
     def _weights(self, count: int) -> np.ndarray:
         return np.asarray(self.config.reward.weights or (1.0,) * count, np.float32)
+
+
+class Asking:
+    """The reward functions at work on one rollout; `add` groups that are done, in any order, and `finish` with all.
+
+    A context manager: leaving it by an error ends what the functions still do.
+    """
+
+    def __init__(self, scorer: Scorer, prompts: list[Prompt], samples: int, state: TrainerState | None):
+        """Nothing is asked yet."""
+        self._scorer, self._prompts, self._samples = scorer, prompts, samples
+        self._scoring = None if scorer.pool is None else scorer.pool.begin()
+        self._state = state or (TrainerState() if scorer.pool is None else scorer.pool.state)
+        self._columns = sorted({name for prompt in prompts for name in prompt.columns or {}})
+        self._texts: dict[int, list[str]] = {}
+
+    def __enter__(self) -> "Asking":
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Pass it on to the functions."""
+        if self._scoring is not None:
+            self._scoring.__exit__(*error)
+
+    def add(self, prompt: int, group: Rollout) -> None:
+        """The samples of one prompt, given by its place."""
+        ids = [group.completion_ids(n) for n in range(self._samples)]
+        self._texts[prompt] = self._decoded(ids)
+        if self._scoring is not None:
+            batch = self._batch(self._prompts[prompt : prompt + 1], ids, self._texts[prompt])
+            self._scoring.add(prompt * self._samples, batch)
+
+    def finish(self, rollout: Rollout) -> Answers:
+        """What the functions say of all rows; those of the groups that were added are the same."""
+        ids = [rollout.completion_ids(n) for n in range(rollout.tokens.shape[0])]
+        known = [self._texts[q] for q in sorted(self._texts)]
+        texts = [text for group in known for text in group] if known else self._decoded(ids)
+        if self._scoring is None:
+            nothing = np.zeros((len(self._scorer.config.reward.functions), len(ids)), np.float32)
+            return Answers(texts, from_first(nothing))
+        scores = self._scoring.finish(self._batch(self._prompts, ids, texts))
+        by_function = from_first(scores.rewards.astype(np.float32))
+        return Answers(texts, by_function, scores.warnings, scores.extra, scores.metrics)
+
+    def _decoded(self, ids: list[list[int]]) -> list[str]:
+        return [decode(self._scorer.tokenizer, row, self._scorer.stop_ids) for row in ids]
+
+    def _batch(self, prompts: list[Prompt], ids: list[list[int]], texts: list[str]) -> Batch:
+        repeated = [prompt for prompt in prompts for _ in range(self._samples)]
+        columns = {name: [(prompt.columns or {}).get(name) for prompt in repeated] for name in self._columns}
+        said: list[Any] = [
+            text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(repeated, texts, strict=True)
+        ]
+        return Batch([prompt.text for prompt in repeated], said, ids, columns, self._state)
 
 
 @jax.jit

@@ -364,6 +364,7 @@ def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction])
         config.reward.memory_limit_mb,
         config.reward.options,
         TrainerState(max_steps=config.steps, max_completion_len=config.rollout.max_new_tokens),
+        config.reward.stream,
     )
 
 

@@ -8,7 +8,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet, PromptStream
 from grpo_jax.metrics import Phases
 from grpo_jax.rewards import RewardPool
-from grpo_jax.rollout import Sampling
+from grpo_jax.rollout import Group, Sampling
 from grpo_jax.scoring import Scorer
 from grpo_jax.testing import tiny_tokenizer
 from grpo_jax.types import Rollout
@@ -36,6 +36,12 @@ class EveryOther:
             tokens[n, len(prompt)] = TOKENIZER(str(n % num_samples))["input_ids"][0]
         one = np.ones(rows, np.int32)
         return Rollout(tokens, start, one, np.zeros((rows, 8), np.float32), np.full(rows, "stop"))
+
+    def stream(self, params, prompts, *, num_samples, **rest):
+        """The groups of `generate`, the last one first."""
+        rollout = self.generate(params, prompts, num_samples=num_samples, **rest)
+        for place in reversed(range(len(prompts))):
+            yield Group(place, rollout.take(slice(place * num_samples, (place + 1) * num_samples)))
 
 
 def by_kind(prompts, completions, completion_ids, kind, **columns):

@@ -146,8 +146,10 @@ class RewardConfig(Section):
     """Parameters of a function, by its name and theirs, such as regex.pattern; a function named twice is regex_2."""
     weights: tuple[FiniteFloat, ...] | None = None
     """One weight a function; none weighs each 1."""
+    stream: tuple[str, ...] = ()
+    """Functions, by name, to call on each group as soon as it is sampled, not once on all; built-ins always are."""
     timeout_seconds: PositiveFloat = 30.0
-    """Longest time one batch may take in a function before its process is killed."""
+    """Longest time one batch (or group, see stream) may take in a function before its process is killed."""
     memory_limit_mb: PositiveInt | None = 2048
     """Address space of a reward's process in MiB; none is no limit."""
 

@@ -1,15 +1,16 @@
 """Sampling completions: the protocol every engine keeps, and `generate` for use alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from grpo_jax.models.model import Model
+from grpo_jax.rollout.decoding import Group
 from grpo_jax.rollout.engine import ContinuousEngine
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.rollout.setup import engine_from, sampling_from
 from grpo_jax.types import Params, Prompt, Rollout
 
-__all__ = ["ContinuousEngine", "Engine", "Sampling", "engine_from", "generate", "sampling_from"]
+__all__ = ["ContinuousEngine", "Engine", "Group", "Sampling", "engine_from", "generate", "sampling_from"]
 
 
 class Engine(Protocol):
@@ -19,6 +20,12 @@ class Engine(Protocol):
         self, params: Params, prompts: Sequence[Prompt], *, num_samples: int, sampling: Sampling, seed: int, step: int
     ) -> Rollout:
         """Sample ``num_samples`` completions of each prompt, rows in the order of the prompts."""
+        ...
+
+    def stream(
+        self, params: Params, prompts: Sequence[Prompt], *, num_samples: int, sampling: Sampling, seed: int, step: int
+    ) -> Iterable[Group]:
+        """The same by prompt, each group when it is done, while others decode."""
         ...
 
 
