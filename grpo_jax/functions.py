@@ -1,10 +1,11 @@
 """From the name of a user's own function, as a config writes it, to the function."""
 
+import difflib
 import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,33 +13,76 @@ from typing import Any
 
 @functools.cache
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function that ``spec`` names; loaded once, so that it is the same object wherever it is asked for.
+    """As ``find_function``, but loaded once, so that it is the same object wherever it is asked for."""
+    return find_function(spec)
+
+
+def find_function(spec: str, kind: str = "function") -> Callable[..., Any]:
+    """The function that ``spec`` names.
 
     Args:
         spec: ``module:function``, or ``path/file.py:function`` relative to the working directory.
+        kind: what errors call it.
 
     Raises:
         ValueError: no such module, file or function, or it does not import.
     """
     place, _, name = spec.rpartition(":")
-    try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
-        raise ValueError(
-            f"got {spec!r}, and loading {place!r} raised {type(error).__name__}: {error}. Repair it, or write "
-            "module:function or path/file.py:function."
-        ) from error
-    function = getattr(module, name, None)
+    subject = f"{kind} {spec!r}"
+    module = _load_file(subject, Path(place)) if place.endswith(".py") else _load_module(subject, place)
+    function = getattr(module, name, None)  # not vars(module): a module may load its names when they are asked for
     if not callable(function):
-        raise ValueError(f"got {spec!r}, and {place} has no function {name!r}. Name one that it defines.")
+        names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        known = ", ".join(names[:20]) + more if names else "none"
+        raise ValueError(
+            f"{subject}: {place} has no function {name!r}{nearest(name, names)}; use one of those it has: {known}"
+        )
     return function
 
 
-def _load_file(path: Path) -> ModuleType:
-    name = f"_grpo_jax_own_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+def nearest(word: str, words: Iterable[str]) -> str:
+    """What to add to an error about a word that is none of ``words``: the nearest of them, or nothing."""
+    close = difflib.get_close_matches(word, list(words), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def words_of(error: BaseException) -> str:
+    """An error's message in one line of at most 1,000 characters."""
+    try:
+        return " ".join(str(error)[:1000].split())
+    except Exception:
+        return "(its message could not be made)"
+
+
+def _load_module(subject: str, place: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except MemoryError:
+        raise  # about the process, as in a call
+    except Exception as error:
+        raise ValueError(
+            f"{subject}: importing {place!r} raised {type(error).__name__}: {words_of(error)}; "
+            "install or repair it, or write path/file.py:function"
+        ) from error
+
+
+def _load_file(subject: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"{subject}: no file {str(path)!r} under {Path.cwd()}; give the path from there, or all of it")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # at the end: a file may import its neighbours but not hide a library
+    spec = importlib.util.spec_from_file_location(f"_grpo_jax_own_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a path that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except MemoryError:
+        raise  # about the process, as in a call
+    except Exception as error:
+        raise ValueError(
+            f"{subject}: running {path} raised {type(error).__name__}: {words_of(error)}; repair the file"
+        ) from error
     return module

@@ -160,7 +160,7 @@ def test_a_users_own_advantage_and_surrogate_train_like_those_they_repeat(own):
     [
         ({"advantage": "{own}:none"}, "algorithm.advantage: .* has no function 'none'"),
         ({"advantage": "no_such_module:f"}, "algorithm.advantage: .* ModuleNotFoundError"),
-        ({"loss": {"surrogate": "missing.py:f"}}, "algorithm.loss: got 'missing.py:f', and loading"),
+        ({"loss": {"surrogate": "missing.py:f"}}, "algorithm.loss: function 'missing.py:f': no file 'missing.py'"),
         ({"advantage": "{own}:flat"}, r"algorithm.advantage: gives .* must give one array of shape \(4, 4\)"),
         ({"advantage": "{own}:host"}, "algorithm.advantage: cannot be traced by jax"),
         ({"loss": {"surrogate": "{own}:centred"}}, "algorithm.loss.surrogate: cannot be traced by jax: TypeError"),

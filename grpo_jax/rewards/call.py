@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from grpo_jax.rewards.lookup import SAMPLES, Reward, needed_columns, parameters, words_of
+from grpo_jax.functions import words_of
+from grpo_jax.rewards.lookup import SAMPLES, Reward, needed_columns, parameters
 from grpo_jax.rewards.state import Logged, Notes, TrainerState
 
 LARGEST = 3.4028234663852886e38

@@ -1,15 +1,11 @@
 """From the name of a reward, as a config writes it, to the function with its options."""
 
-import difflib
 import functools
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from grpo_jax.functions import find_function, nearest
 
 Reward = Callable[..., Any]
 """``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, plain or ``async def``."""
@@ -59,7 +55,7 @@ def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
     Raises:
         ValueError: no such built-in, module, file or function, or the module does not import.
     """
-    place, colon, name = spec.rpartition(":")
+    place, colon, _ = spec.rpartition(":")
     if not colon:
         if spec not in table:
             raise ValueError(
@@ -72,16 +68,7 @@ def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
             f"reward {spec!r}: the running script is not run again in the worker; "
             "put the function into a file of its own, or give Trainer the function itself"
         )
-    module = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
-    function = getattr(module, name, None)  # not vars(module): a module may load its names when they are asked for
-    if not callable(function):
-        names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        known = ", ".join(names[:20]) + more if names else "none"
-        raise ValueError(
-            f"reward {spec!r}: {place} has no function {name!r}{nearest(name, names)}; use one of those it has: {known}"
-        )
-    return function
+    return find_function(spec, "reward")
 
 
 def bind(function: Reward, options: Mapping[str, Any], name: str) -> Reward:
@@ -150,55 +137,6 @@ def defaults(function: Reward) -> dict[str, Any]:
     return {key: p.default for key, p in named.items() if p.default is not p.empty and key not in RESERVED}
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """What to add to an error about a word that is none of ``words``: the nearest of them, or nothing."""
-    close = difflib.get_close_matches(word, list(words), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def words_of(error: BaseException) -> str:
-    """An error's message in one line of at most 1,000 characters."""
-    try:
-        return " ".join(str(error)[:1000].split())
-    except Exception:
-        return "(its message could not be made)"
-
-
 def _named(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {key: parameter for key, parameter in signature.parameters.items() if parameter.kind in by_keyword}
-
-
-def _load_module(spec: str, place: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except MemoryError:
-        raise  # about the process, as in a call
-    except Exception as error:
-        raise ValueError(
-            f"reward {spec!r}: importing {place!r} raised {type(error).__name__}: {words_of(error)}; "
-            "install or repair it, or write path/file.py:function"
-        ) from error
-
-
-def _load_file(spec: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(
-            f"reward {spec!r}: no file {str(path)!r} under {Path.cwd()}; give the path from there, or all of it"
-        )
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # at the end: a reward file may import its neighbours but not hide a library
-    module_spec = importlib.util.spec_from_file_location(f"_grpo_jax_reward_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None  # a path that ends in .py always has a loader
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except MemoryError:
-        raise  # about the process, as in a call
-    except Exception as error:
-        raise ValueError(
-            f"reward {spec!r}: running {path} raised {type(error).__name__}: {words_of(error)}; repair the file"
-        ) from error
-    return module

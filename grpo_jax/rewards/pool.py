@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from grpo_jax.functions import nearest
 from grpo_jax.rewards import REWARDS
 from grpo_jax.rewards.attempts import Attempts, Patience, encode
 from grpo_jax.rewards.call import Batch, RewardProblem, missing_column
 from grpo_jax.rewards.local import LocalCall, LocalRewards
-from grpo_jax.rewards.lookup import RESERVED, SAMPLES, Reward, bind, nearest, needed_columns, unique_names
+from grpo_jax.rewards.lookup import RESERVED, SAMPLES, Reward, bind, needed_columns, unique_names
 from grpo_jax.rewards.process import WorkerProcess
 from grpo_jax.rewards.scores import Part, Scores
 from grpo_jax.rewards.state import TrainerState

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Awaitable
 from typing import Any, BinaryIO
 
+from grpo_jax.functions import words_of
 from grpo_jax.rewards import REWARDS, load_reward
 from grpo_jax.rewards.call import Batch, RewardProblem, Wait, call_reward
-from grpo_jax.rewards.lookup import Reward, needed_columns, words_of
+from grpo_jax.rewards.lookup import Reward, needed_columns
 from grpo_jax.rewards.state import Notes, TrainerState
 
 OUT_OF_MEMORY = 86
