@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors' name -> ours, for the dtypes that are read."""
 
+PIECE = 2**20
+"""Elements of a tensor that are read at once."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -26,6 +30,40 @@ class Place:
     start: int
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of a tensor and the memory that they fill; pieces may be read in any order, by many threads.
+
+    Attributes:
+        name: of the tensor.
+        file: where it is.
+        start: the first byte there.
+        dtype: of the elements there.
+        slot: [elements], contiguous, of any dtype.
+    """
+
+    name: str
+    file: Path
+    start: int
+    dtype: np.dtype
+    slot: np.ndarray
+
+    def read(self) -> None:
+        """Fills ``slot``."""
+        value = self.slot if self.slot.dtype == self.dtype else np.empty(self.slot.shape, self.dtype)
+        left = value.view(np.uint8).data
+        with open(self.file, "rb", buffering=0) as file:  # a buffer would make large reads ten times slower
+            file.seek(self.start)
+            while len(left) and (count := file.readinto(left)):
+                left = left[count:]
+        if len(left):
+            raise ValueError(
+                f"{self.file}: got {len(left)} bytes less of {self.name} than before; it changed; load again"
+            )
+        if value is not self.slot:
+            self.slot[...] = value
 
 
 @dataclass(frozen=True)
@@ -57,23 +95,16 @@ class TensorFiles:
     def read(self, name: str) -> np.ndarray:
         """The tensor in its own dtype."""
         value = np.empty(self.shape(name), np.dtype(self.dtype(name)))
-        self.read_into(name, value)
+        for piece in self.pieces(name, value):
+            piece.read()
         return value
 
-    def read_into(self, name: str, slot: np.ndarray, first_row: int = 0) -> None:
-        """Fills ``slot``, contiguous, with the tensor's rows from ``first_row`` on, whatever shape both have."""
-        place, dtype = self.places[name], np.dtype(self.dtype(name))
-        value = slot if slot.dtype == dtype else np.empty(slot.shape, dtype)
-        row = math.prod(place.shape[1:]) * dtype.itemsize
-        left = value.reshape(-1).view(np.uint8).data
-        with open(place.file, "rb", buffering=0) as file:  # a buffer would make large reads ten times slower
-            file.seek(place.start + first_row * row)
-            while len(left) and (count := file.readinto(left)):
-                left = left[count:]
-        if len(left):
-            raise ValueError(f"{place.file}: got {len(left)} bytes less of {name} than before; it changed; load again")
-        if value is not slot:
-            slot[...] = value
+    def pieces(self, name: str, slot: np.ndarray, first_row: int = 0) -> Iterator[Piece]:
+        """What fills ``slot``, contiguous, with the tensor's rows from ``first_row`` on, whatever shape both have."""
+        place, dtype, flat = self.places[name], np.dtype(self.dtype(name)), slot.reshape(-1)
+        first = first_row * math.prod(place.shape[1:])
+        for at in range(0, flat.size, PIECE):
+            yield Piece(name, place.file, place.start + (first + at) * dtype.itemsize, dtype, flat[at : at + PIECE])
 
 
 def checkpoint_directory(directory: str | Path) -> Path:

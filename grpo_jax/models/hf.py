@@ -1,7 +1,7 @@
 """Hugging Face directories in and out, strict both ways: ``load_model`` and ``save_hf``.
 
-Tensors go one at a time. A stacked parameter is filled layer by layer into one host buffer and put into its sharding,
-so that host memory is bounded by the largest stacked parameter; on the way out one layer's tensor is gathered at a
+Parameters go one at a time. A stacked one is filled in place, piece by piece in several threads, and put into its
+sharding, so that host memory is bounded by the largest stacked parameter; on the way out one layer's tensor is gathered at a
 time, and a shard's tensors are held until it is written.
 """
 
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from grpo_jax.models.checkpoint_files import (
     CONFIG,
     INDEX,
     SINGLE,
+    Piece,
     TensorFiles,
     checkpoint_directory,
     has_tensors,
@@ -57,6 +59,9 @@ COPIED = (
     GENERATION,
 )
 """Files that ``save_hf`` copies from the source where they exist."""
+
+READERS = 8
+"""Threads that read at most: a read waits for the kernel to find pages for it, which more threads do at once."""
 
 SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"
@@ -98,8 +103,9 @@ def load_model(
         for place, (_, entry) in enumerate(tensor.parts)
     }
     is_list = lambda node: isinstance(node, list)  # noqa: E731
-    read = partial(_read, tensors, rows)
-    return model, jax.tree.map(read, tensor_entries(model), model.abstract_params, is_leaf=is_list)
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+        read = partial(_read, pool, tensors, rows)
+        return model, jax.tree.map(read, tensor_entries(model), model.abstract_params, is_leaf=is_list)
 
 
 def read_model(
@@ -211,6 +217,7 @@ def _check(model: Model, listed: list[Tensor], tensors: TensorFiles) -> None:
 
 
 def _read(
+    pool: ThreadPoolExecutor,
     tensors: TensorFiles,
     rows: dict[tuple[str, int], int],
     entries: list[Entry],
@@ -218,8 +225,13 @@ def _read(
 ) -> jax.Array:
     """One parameter, filled in place. ``rows``: a tensor's name and part -> the first row of the part."""
     buffer = _fresh(target.shape, target.dtype)
-    for entry in entries:
-        tensors.read_into(entry.name, buffer[(*entry.index, ...)], rows[entry.name, entry.part])  # type: ignore[arg-type]
+    pieces = (
+        piece
+        for entry in entries
+        for piece in tensors.pieces(entry.name, buffer[(*entry.index, ...)], rows[entry.name, entry.part])  # type: ignore[arg-type]
+    )
+    for _ in pool.map(Piece.read, pieces):  # raises what a thread raised
+        pass
     return transformer.place(buffer, target.sharding)
 
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import by_hf_name, config, random_model, random_tokens, write_checkpoint
+from model_cases import FAMILY_CASES, by_hf_name, config, random_model, random_tokens, write_checkpoint
 from safetensors.numpy import load_file
 
+import grpo_jax.models.checkpoint_files as checkpoint_files
 import grpo_jax.models.hf as hf
 from grpo_jax.mesh import make_mesh
 from grpo_jax.models import Model, ModelSpec, load_model, save_hf
@@ -52,6 +53,25 @@ def test_load_save_load_is_the_identity(dtype, shard_bytes, tied, tmp_path):
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, reloaded, params)
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_tensors_are_the_same_in_pieces_of_any_size(dtype, tmp_path, monkeypatch):
+    """phi3 joins tensors, so that pieces also begin in the middle of one."""
+    source = _write(tmp_path / "in", dtype, **FAMILY_CASES["phi3"])
+    model, params = load_model(source)
+    monkeypatch.setattr(checkpoint_files, "PIECE", 7)
+    jax.tree.map(np.testing.assert_array_equal, load_model(source)[1], params)
+    _same_bits({k: v.astype(jnp.dtype(dtype)) for k, v in by_hf_name(model, params).items()}, _all_tensors(source))
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+    source = _write(tmp_path / "in")
+    opened = hf.open_tensors(source)
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
+    monkeypatch.setattr(hf, "open_tensors", lambda directory: opened)
+    with pytest.raises(ValueError, match=r"got \d+ bytes less of model\..* than before"):
+        load_model(source)
 
 
 def test_files_have_the_permissions_of_any_file(tmp_path):
