@@ -1,8 +1,8 @@
 """Hugging Face directories in and out, strict both ways: ``load_model`` and ``save_hf``.
 
 Parameters go one at a time. A stacked one is filled in place, piece by piece in several threads, and put into its
-sharding, so that host memory is bounded by the largest stacked parameter; on the way out one layer's tensor is gathered at a
-time, and a shard's tensors are held until it is written.
+sharding, so that host memory is bounded by the largest stacked parameter; on the way out one layer's tensor is
+gathered at a time, and a shard's tensors are held until it is written.
 """
 
 import json
