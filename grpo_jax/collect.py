@@ -61,7 +61,7 @@ class Collector:
         self._counts = dict.fromkeys(COUNTS, 0)
 
     def next(self, params: Params, step: int) -> Collected:
-        """The batch of a step, sampled from ``params``; ``step`` addresses its uniforms.
+        """The batch of a step, sampled from ``params`` or the engine's view of them; ``step`` addresses its uniforms.
 
         Raises:
             ValueError: the model's log-probabilities are not finite, or a reward is beyond float32.

@@ -41,7 +41,7 @@ class Evaluator:
         """Figures by name: "eval/accuracy" and the like; with several sets "eval/<set>/accuracy" of each as well.
 
         Args:
-            params: to judge.
+            params: to judge, or the engine's view of them.
             state: how far the run is, for the reward functions that look at it.
         """
         out: dict[str, float] = {}

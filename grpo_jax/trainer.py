@@ -41,7 +41,7 @@ from grpo_jax.metrics import (
     reward_metrics,
     rollout_metrics,
 )
-from grpo_jax.models import Model, load_model, save_hf
+from grpo_jax.models import Model, View, load_model, save_hf
 from grpo_jax.preflight import report, require_devices, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import engine_from, sampling_from
@@ -190,7 +190,8 @@ class _Run:
         _check_positions(config, self.model, longest, prompt_len)
         stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
         sampling = sampling_from(config.rollout, stops)
-        engine = engine_from(config.rollout, self.model, prompt_len, self.tokenizer)
+        self.engine = engine = engine_from(config.rollout, self.model, prompt_len, self.tokenizer)
+        self.view: View | None = None
         scorer = Scorer(pool, self.tokenizer, stops, config)
         self.names = tuple(pool.names) if pool else config.reward.functions
         if pool is not None:
@@ -245,10 +246,18 @@ class _Run:
                     self.save(step)
                     raise interrupt.ended(step, self.directory)
                 begun = time.perf_counter()
-                batch = self.collector.next(self.learning.params, step)
+                batch = self.collector.next(self.weights(), step)
+                self.view = None  # what decodes is a second copy of the model: none while training
                 batch, figures = self.learning.train(batch)
                 ended = self.after(step + 1, batch, figures, time.perf_counter() - begun)
         return self.finish()
+
+    def weights(self) -> View:
+        """What decodes, made of the newest parameters once for all that samples until the next update."""
+        if self.view is None:
+            with self.phases("rollout"):
+                self.view = self.engine.view(self.learning.params)
+        return self.view
 
     def after(self, step: int, batch: Collected, figures: dict[str, float], seconds: float) -> bool:
         """Log what the step gave; evaluate and save when it is time; whether the run ends here. Host only."""
@@ -284,15 +293,14 @@ class _Run:
         """Figures on every held-out set; whether the run ends here."""
         if not self.evaluator.held_out:
             return False
+        view = self.weights()
         with self.phases("evaluate"):
-            row: dict[str, Any] = {"step": step, **self._figures(step)}
+            figures = self.evaluator.evaluate(view, self.collector.progress(step))
+        row: dict[str, Any] = {"step": step, **figures}
         self.record["accuracy"].append(row["eval/accuracy"])
         row["seconds/elapsed"] = self.elapsed()
         self.metrics.write(row)
         return self.watchers.evaluation(Evaluation(step, row))
-
-    def _figures(self, step: int) -> dict[str, float]:
-        return self.evaluator.evaluate(self.learning.params, self.collector.progress(step))
 
     def save(self, step: int) -> None:
         """Write the one record from which the run goes on, unless it is there already."""
@@ -304,6 +312,7 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Export and sum up."""
+        self.view = None
         with self.phases("export"):
             self.store.wait()
             save_hf(self.model, self.learning.params, self.directory / "hf", source=self.source)

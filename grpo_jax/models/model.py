@@ -19,11 +19,8 @@ from grpo_jax.models import transformer
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.lora import cut, join, merge
 from grpo_jax.models.spec import LoraSpec, ModelSpec
-from grpo_jax.models.transformer import KeyValue, Layout, Routed
+from grpo_jax.models.transformer import KeyValue, Layout, Routed, View
 from grpo_jax.types import Params
-
-View = Any
-"""Parameters for decoding, a pytree; see ``Model.decode_view``."""
 
 PromptCache = tuple[KeyValue, ...]
 """For each layer k and v, each [Q, K, P, d]: a prompt's, kept once for its group."""
@@ -291,7 +288,7 @@ class Model:
 
     def head(self, view: View, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] float32, scaled and capped."""
-        return self._unembed(view["outer"]["embed" if self.spec.tied else "head"]["kernel"], hidden)
+        return self._unembed(view.outer["embed" if self.spec.tied else "head"]["kernel"], hidden)
 
     def _unembed(self, weight: jax.Array, hidden: jax.Array) -> jax.Array:
         contract = ((hidden.ndim - 1,), (1,))

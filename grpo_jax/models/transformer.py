@@ -171,6 +171,20 @@ def layer_places(runs: tuple[Run, ...]) -> list[tuple[str, int]]:
     ]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class View:
+    """Parameters for decoding, see ``decode_view``.
+
+    Attributes:
+        outer: of ``Outer``.
+        layers: of the fused block, one entry a layer.
+    """
+
+    outer: dict[str, Any]
+    layers: tuple[dict[str, Any], ...]
+
+
 class Routed(NamedTuple):
     """What the mixtures of experts did with training rows.
 
@@ -267,17 +281,17 @@ def use(layout: Layout, params: Any, weights: Any, cast: bool = True) -> Any:
     return jax.tree.map(one, weights, params)
 
 
-def decode_view(layout: Layout, params: dict[str, Any]) -> dict[str, Any]:
+def decode_view(layout: Layout, params: dict[str, Any]) -> View:
     """Parameters for decoding: cast, gathered over ``fsdp``, fused, and one entry a layer."""
     layers = []
     for layer, (name, index) in zip(layout.layers, layer_places(layout.runs), strict=True):
         one = jax.tree.map(lambda x, i=index: x[i], params["layers"][name])
         layers.append(use(layout, fuse(merge(one, layer.lora, stacked=False)), layout.fused[layer][1]))
-    return {"outer": use(layout, params["outer"], layout.weights["outer"]), "layers": tuple(layers)}
+    return View(use(layout, params["outer"], layout.weights["outer"]), tuple(layers))
 
 
 def prefill(
-    layout: Layout, view: dict[str, Any], tokens: jax.Array, prompt_len: jax.Array
+    layout: Layout, view: View, tokens: jax.Array, prompt_len: jax.Array
 ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """Prompts [Q, P] -> the hidden state of each one's last token [Q, D], and keys and values [Q, K, P, d] a layer."""
     compute = layout.compute
@@ -294,7 +308,7 @@ def prefill(
 
         return mix
 
-    outer = nnx.merge(layout.outer, view["outer"])
+    outer = nnx.merge(layout.outer, view.outer)
     x = compute.shard(outer.embed(tokens), "batch", None, None)
     x, cache = _unrolled(layout, view, x, layout.turns(positions, tokens.shape[1]), mix_in)
     last = jnp.take_along_axis(x, (prompt_len - 1)[:, None, None], axis=1)[:, 0]
@@ -303,7 +317,7 @@ def prefill(
 
 def decode(
     layout: Layout,
-    view: dict[str, Any],
+    view: View,
     prompt_cache: tuple[KeyValue, ...],
     prompt_len: jax.Array,
     cache: tuple[KeyValue, ...],
@@ -327,7 +341,7 @@ def decode(
 
         return mix
 
-    outer = nnx.merge(layout.outer, view["outer"])
+    outer = nnx.merge(layout.outer, view.outer)
     x = compute.shard(outer.embed(tokens), "batch", None)
     positions = jnp.repeat(prompt_len, group, total_repeat_length=tokens.shape[0]) + cache_len
     x, cache = _unrolled(layout, view, x, layout.turns(positions, width + length), mix_in)
@@ -352,10 +366,10 @@ def to_cache(compute: Compute, x: jax.Array) -> jax.Array:
 
 
 def _unrolled(
-    layout: Layout, view: dict[str, Any], x: jax.Array, turns: Turns, mix_in: Callable[[int], Mix]
+    layout: Layout, view: View, x: jax.Array, turns: Turns, mix_in: Callable[[int], Mix]
 ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     cache = []
-    for index, (layer, weights) in enumerate(zip(layout.layers, view["layers"], strict=True)):
+    for index, (layer, weights) in enumerate(zip(layout.layers, view.layers, strict=True)):
         block = nnx.merge(layout.fused[layer][0], weights)
         x, carried, _ = block(x, turns[layer], mix_in(index))
         cache.append(carried)

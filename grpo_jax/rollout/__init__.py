@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from grpo_jax.models.model import Model
+from grpo_jax.models.model import Model, View
 from grpo_jax.rollout.decoding import Group
 from grpo_jax.rollout.engine import ContinuousEngine
 from grpo_jax.rollout.sampling import Sampling
@@ -14,7 +14,14 @@ __all__ = ["ContinuousEngine", "Engine", "Group", "Sampling", "engine_from", "ge
 
 
 class Engine(Protocol):
-    """What samples. Its uniforms are addressed by (seed, step, request id, sample, place), never consumed."""
+    """What samples. Its uniforms are addressed by (seed, step, request id, sample, place), never consumed.
+
+    Where it takes parameters it takes their `view` as well: who calls it several times makes that once.
+    """
+
+    def view(self, params: Params) -> View:
+        """A copy of the parameters as they decode."""
+        ...
 
     def generate(
         self, params: Params, prompts: Sequence[Prompt], *, num_samples: int, sampling: Sampling, seed: int, step: int

@@ -53,7 +53,7 @@ class ContinuousEngine:
         """Sample ``num_samples`` completions of each prompt.
 
         Args:
-            params: parameters of ``model``.
+            params: parameters of ``model``, or their `view`, made once for several calls.
             prompts: Q prompts.
             num_samples: G.
             sampling: what to draw from.
@@ -105,9 +105,13 @@ class ContinuousEngine:
             raise ValueError(f"num_samples: got {num_samples}; at least 1 completion a prompt must be sampled.")
         asked = requests(prompts, num_samples, width, sampling.max_new_tokens, seed, seeds, limits)
         shapes = self.shapes(len(prompts), num_samples, sampling.max_new_tokens)
-        view = self.model.decode_view(params)
+        view = params if isinstance(params, View) else self.view(params)
         compiled = self._compiled(sampling.rules, shapes, width, view)
         return Decoding(compiled, view, shapes, asked, sampling, step, self.decode, watch)
+
+    def view(self, params: Params) -> View:
+        """A second copy of the parameters, the one that decodes; it lives as long as the caller holds it."""
+        return self.model.decode_view(params)
 
     def _compiled(self, rules: Sampling, shapes: Ladder, width: int, view: View) -> Programs:
         key = (self.model, rules, shapes, width)

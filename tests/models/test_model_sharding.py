@@ -118,8 +118,8 @@ def test_decoding(one, eight):
         return view, prompt_cache, start, out
 
     view, prompt_cache, cache, got = run(model, params)
-    layer, rows = view["layers"][0], data * fsdp
-    assert _shards(view["outer"]["embed"]["kernel"]) == (V // tensor, D)
+    layer, rows = view.layers[0], data * fsdp
+    assert _shards(view.outer["embed"]["kernel"]) == (V // tensor, D)
     assert _shards(layer["attention"]["qkv"]["kernel"]) == (K // tensor, H // K + 2, d, D)
     assert _shards(layer["mlp"]["gate_up"]["kernel"]) == (2, F // tensor, D)
     assert _shards(prompt_cache[1][0]) == (8 // rows, K // tensor, 6, d)
