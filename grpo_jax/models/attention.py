@@ -1,4 +1,4 @@
-"""Attention: projections, masks, and the softmax over one or two key buffers."""
+"""Attention: projections, masks, and the softmax of training rows and prompts."""
 
 from typing import Any
 
@@ -101,50 +101,3 @@ def attend(
     scores = cap(compute.einsum("ntkgd,nskd->nkgts", q, k, out=jnp.float32), softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
     return compute.einsum("nkgts,nskd->ntkgd", weights.astype(compute.dtype), v)
-
-
-def attend_cached(
-    compute: Compute,
-    q: jax.Array,
-    prompt: tuple[jax.Array, jax.Array],
-    prompt_mask: jax.Array,
-    own: tuple[jax.Array, jax.Array],
-    own_mask: jax.Array,
-    softcap: float | None,
-) -> jax.Array:
-    """One query a row over its prompt's keys, which its group shares, and its own: one softmax over both.
-
-    Args:
-        compute: dtype, precision, mesh.
-        q: [B, K, g, d], B = Q * G.
-        prompt: k and v, each [Q, K, P, d].
-        prompt_mask: bool [Q, G, P], or [Q, 1, P] where the rows of a prompt see the same.
-        own: k and v, each [B, K, C, d].
-        own_mask: bool [B, C], True somewhere in each row.
-        softcap: of the scores, see ``cap``.
-
-    Returns:
-        [B, K, g, d].
-    """
-    rows, prompts = q.shape[0], prompt[0].shape[0]
-    grouped = q.reshape(prompts, rows // prompts, *q.shape[1:])
-    far = cap(compute.einsum("qnkgd,qkpd->qkngp", grouped, prompt[0], out=jnp.float32), softcap)
-    far = jnp.where(prompt_mask[:, None, :, None], far, MASKED)
-    near = cap(compute.einsum("bkgd,bkcd->bkgc", q, own[0], out=jnp.float32), softcap)
-    near = jnp.where(own_mask[:, None, None], near, MASKED)
-
-    def to_rows(x: jax.Array) -> jax.Array:  # [Q, K, G, g, ...] -> [B, K, g, ...]
-        return jnp.swapaxes(x, 1, 2).reshape(rows, *q.shape[1:3], *x.shape[4:])
-
-    top = jnp.maximum(to_rows(far.max(axis=-1)), near.max(axis=-1))  # [B, K, g]
-    far_top = jnp.swapaxes(top.reshape(grouped.shape[:-1]), 1, 2)  # [Q, K, G, g]
-    far, near = jnp.exp(far - far_top[..., None]), jnp.exp(near - top[..., None])
-    total = to_rows(far.sum(axis=-1)) + near.sum(axis=-1)
-    mixed = to_rows(compute.einsum("qkngp,qkpd->qkngd", far.astype(compute.dtype), prompt[1], out=jnp.float32))
-    mixed += compute.einsum("bkgc,bkcd->bkgd", near.astype(compute.dtype), own[1], out=jnp.float32)
-    return (mixed / total[..., None]).astype(compute.dtype)
-
-
-def write_column(buffer: jax.Array, new: jax.Array, column: jax.Array) -> jax.Array:
-    """Puts ``new`` [B, K, d] at column ``column`` [B] of ``buffer`` [B, K, C, d]; columns from C on are dropped."""
-    return jax.vmap(lambda row, value, at: row.at[:, at].set(value, mode="drop"))(buffer, new, column)

@@ -16,17 +16,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.mesh import single_device_mesh, spec_for
 from grpo_jax.models import transformer
+from grpo_jax.models.decode_attention import READERS, Keeper, KeyValue
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.lora import cut, join, merge
 from grpo_jax.models.spec import LoraSpec, ModelSpec
-from grpo_jax.models.transformer import KeyValue, Layout, Routed, View
+from grpo_jax.models.transformer import Layout, Routed, View
 from grpo_jax.types import Params
 
 PromptCache = tuple[KeyValue, ...]
-"""For each layer k and v, each [Q, K, P, d]: a prompt's, kept once for its group."""
+"""For each layer k and v, each [Q, K, P, d] in blocks of columns: a prompt's, kept once for its group."""
 
 Cache = tuple[KeyValue, ...]
-"""For each layer k and v, each [B, K, C, d]: of the sampled tokens. Its rows may be gathered, its C grown."""
+"""For each layer k and v, each [B, K, C, d] in blocks of columns: of the sampled tokens. Rows may be gathered in every
+leaf; for another C there is ``Model.resize_cache``."""
 
 START: Mapping[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     "normal": lambda rng, shape: np.float32(0.02) * rng.standard_normal(shape, np.float32),
@@ -55,6 +57,7 @@ class Model:
         remat: what a layer keeps for the backward pass: "none" recomputes no product, "attention" keeps the
             attention's output and projection, "full" keeps the layer's input alone.
         lora: adapters, float32, on a base that is not trained; None trains all parameters.
+        attention: how decoding reads keys and values, "auto" or a variant of ``decode_attention.READERS``.
     """
 
     spec: ModelSpec
@@ -64,6 +67,7 @@ class Model:
     mesh: Mesh | None = None
     remat: str = "none"
     lora: LoraSpec | None = None
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         """Fills the defaults in and checks the names."""
@@ -75,6 +79,7 @@ class Model:
         _legal("param_dtype", self.param_dtype, COMPUTE_DTYPES)
         _legal("precision", self.precision, PRECISIONS)
         _legal("remat", self.remat, tuple(transformer.REMAT))
+        _legal("attention", self.attention, ("auto", *READERS))
         if self.lora is not None and self.spec.experts and set(self.lora.targets) - {"q", "k", "v", "out"}:
             raise ValueError(
                 f"model.lora.targets: got {list(self.lora.targets)} for a model with experts; they have no adapters; "
@@ -88,6 +93,11 @@ class Model:
         """dtype, precision and mesh, as the modules take them."""
         assert self.precision is not None and self.mesh is not None
         return Compute(self.dtype, self.precision, self.mesh)
+
+    @cached_property
+    def keeper(self) -> Keeper:
+        """How decoding keeps keys and values, and reads them."""
+        return Keeper(self.compute, self.attention)
 
     @cached_property
     def layout(self) -> Layout:
@@ -244,17 +254,18 @@ class Model:
 
     def prefill(self, view: View, tokens: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, PromptCache]:
         """Prompts [Q, P] int32 of lengths [Q], at least 1 -> hidden [Q, D] at each one's last token, and its cache."""
-        return transformer.prefill(self.layout, view, tokens, prompt_len)
+        hidden, cache = transformer.prefill(self.layout, view, tokens, prompt_len)
+        return hidden, tuple((self.keeper.keep(keys), self.keeper.keep(values)) for keys, values in cache)
 
     def init_cache(self, rows: int, length: int) -> Cache:
         """Zeros [B, K, C, d] twice a layer in ``dtype``, rows over data and fsdp, key heads over tensor."""
+        shapes = [(rows, layer.kv_heads, length, layer.head_dim) for layer in self.spec.layers]
+        return tuple((self.keeper.empty(*shape), self.keeper.empty(*shape)) for shape in shapes)
 
-        def zeros(kv_heads: int, head_dim: int) -> jax.Array:
-            empty = jnp.zeros((rows, kv_heads, length, head_dim), self.dtype)
-            return self.compute.shard(empty, "batch", "kv_heads", None, None)
-
-        shapes = [(layer.kv_heads, layer.head_dim) for layer in self.spec.layers]
-        return tuple((zeros(*shape), zeros(*shape)) for shape in shapes)
+    def resize_cache(self, layer: KeyValue, length: int) -> KeyValue:
+        """One layer's cache with ``length`` columns: longer by zeros, or cut."""
+        keys, values = layer
+        return self.keeper.resize(keys, length), self.keeper.resize(values, length)
 
     def decode(
         self,
@@ -284,7 +295,7 @@ class Model:
                 f"got {tokens.shape[0]} rows for {prompt_len.shape[0]} prompts; every prompt has the same number of "
                 "rows; pad the rows to a multiple of the prompts"
             )
-        return transformer.decode(self.layout, view, prompt_cache, prompt_len, cache, cache_len, tokens)
+        return transformer.decode(self.layout, self.keeper, view, prompt_cache, prompt_len, cache, cache_len, tokens)
 
     def head(self, view: View, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] float32, scaled and capped."""

@@ -20,12 +20,11 @@ from grpo_jax.mesh import GATHERED_RULES
 from grpo_jax.models.attention import (
     Attention,
     attend,
-    attend_cached,
     fuse_attention,
     segment_mask,
     window_mask,
-    write_column,
 )
+from grpo_jax.models.decode_attention import Keeper, KeyValue, columns, seen_columns
 from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, fuse_mlp
 from grpo_jax.models.lora import merge
 from grpo_jax.models.moe import MoE, Routing, expert_load
@@ -33,7 +32,6 @@ from grpo_jax.models.rotary import Rotation, rotation
 from grpo_jax.models.rotary_spec import RotarySpec
 from grpo_jax.models.spec import LayerSpec, ModelSpec, Run
 
-KeyValue = tuple[jax.Array, jax.Array]
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """(q, k, v) -> what the queries read, and anything to carry out of the block."""
 
@@ -292,7 +290,7 @@ def decode_view(layout: Layout, params: dict[str, Any]) -> View:
 
 def prefill(
     layout: Layout, view: View, tokens: jax.Array, prompt_len: jax.Array
-) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
     """Prompts [Q, P] -> the hidden state of each one's last token [Q, D], and keys and values [Q, K, P, d] a layer."""
     compute = layout.compute
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -302,7 +300,7 @@ def prefill(
     def mix_in(index: int) -> Mix:
         layer = layout.layers[index]
 
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             mixed = attend(compute, q, k, v, masks[layer.window], layer.softcap)
             return mixed, (to_cache(compute, k), to_cache(compute, v))
 
@@ -317,6 +315,7 @@ def prefill(
 
 def decode(
     layout: Layout,
+    keeper: Keeper,
     view: View,
     prompt_cache: tuple[KeyValue, ...],
     prompt_len: jax.Array,
@@ -327,37 +326,24 @@ def decode(
     """One token a row: [B] -> its hidden state [B, D], and the cache with its keys and values at ``cache_len``."""
     compute = layout.compute
     group = tokens.shape[0] // prompt_len.shape[0]
-    width, length = prompt_cache[0][0].shape[2], cache[0][0].shape[2]
-    masks = {layer.window: _cache_masks(prompt_len, cache_len, width, length, layer.window) for layer in layout.layers}
+    seen = {layer.window: seen_columns(prompt_len, cache_len, layer.window) for layer in layout.layers}
 
     def mix_in(index: int) -> Mix:
         layer = layout.layers[index]
-        prompt_mask, own_mask = masks[layer.window]
+        prompt_seen, own_seen = seen[layer.window]
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
             keys, values = cache[index]
-            own = write_column(keys, k, cache_len), write_column(values, v, cache_len)
-            return attend_cached(compute, q, prompt_cache[index], prompt_mask, own, own_mask, layer.softcap), own
+            own = keeper.write(keys, k, cache_len), keeper.write(values, v, cache_len)
+            return keeper.attend(q, prompt_cache[index], prompt_seen, own, own_seen, layer.softcap), own
 
         return mix
 
     outer = nnx.merge(layout.outer, view.outer)
     x = compute.shard(outer.embed(tokens), "batch", None)
     positions = jnp.repeat(prompt_len, group, total_repeat_length=tokens.shape[0]) + cache_len
-    x, cache = _unrolled(layout, view, x, layout.turns(positions, width + length), mix_in)
+    x, cache = _unrolled(layout, view, x, layout.turns(positions, columns(prompt_cache[0]) + columns(cache[0])), mix_in)
     return outer.norm(x), cache
-
-
-def _cache_masks(
-    prompt_len: jax.Array, cache_len: jax.Array, width: int, length: int, window: int | None
-) -> tuple[jax.Array, jax.Array]:
-    """What the token at column ``cache_len`` [B] sees: bool [Q, G or 1, P] of its prompt, bool [B, C] of its row."""
-    columns, own = jnp.arange(width), jnp.arange(length)
-    prompt_mask, own_mask = (columns < prompt_len[:, None])[:, None], own <= cache_len[:, None]
-    if window is None:
-        return prompt_mask, own_mask
-    last = prompt_len[:, None] + cache_len.reshape(prompt_len.shape[0], -1)  # [Q, G]
-    return prompt_mask & (columns > last[..., None] - window), own_mask & (own > cache_len[:, None] - window)
 
 
 def to_cache(compute: Compute, x: jax.Array) -> jax.Array:
@@ -367,7 +353,7 @@ def to_cache(compute: Compute, x: jax.Array) -> jax.Array:
 
 def _unrolled(
     layout: Layout, view: View, x: jax.Array, turns: Turns, mix_in: Callable[[int], Mix]
-) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+) -> tuple[jax.Array, tuple[Any, ...]]:
     cache = []
     for index, (layer, weights) in enumerate(zip(layout.layers, view.layers, strict=True)):
         block = nnx.merge(layout.fused[layer][0], weights)

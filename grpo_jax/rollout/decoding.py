@@ -249,7 +249,7 @@ class Decoding:
             del context, pool
         cache, moved = [], []
         while own:
-            kind = own[0][0].shape[1], own[0][0].shape[3]
+            kind = own[0][0][0].shape[1], own[0][0][0].shape[3]
             program = self._programs("layer", *which, kind)
             layer, prompt = program(own.pop(0), [each.pop(0) for each in prompts], seating)
             cache.append(layer)

@@ -125,9 +125,8 @@ class Programs:
         return Struct(shape, dtype, sharding=NamedSharding(self._model.compute.mesh, spec))
 
     def _cache(self, rows: int, length: int) -> Any:
-        make = partial(self._pinned, jnp.dtype(self._model.dtype))
-        one = [make(rows, layer.kv_heads, length, layer.head_dim) for layer in self._model.spec.layers]
-        return tuple((x, x) for x in one)
+        cache = jax.eval_shape(lambda: self._model.init_cache(rows, length))
+        return jax.tree.map(lambda x: self._pinned(x.dtype, *x.shape), cache)
 
     def _context(self, count: int) -> Context:
         small = self._pinned(jnp.int32, count), self._pinned(jnp.int32, count, self._width)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.models.decode_attention import KeyValue
 from grpo_jax.models.model import Cache, Model, PromptCache, View
-from grpo_jax.models.transformer import KeyValue
 from grpo_jax.rollout.sampling import History, Sampling, address_keys, sample, uniforms
 from grpo_jax.rollout.shapes import Shape
 
@@ -163,7 +163,8 @@ def segment(
     def body(carry: tuple[Slots, jax.Array, jax.Array]) -> tuple[Slots, jax.Array, jax.Array]:
         slots, live, done = carry
         rows = slots.rows
-        hidden, cache = model.decode(view, context.cache, context.length, slots.cache, rows.length, rows.token)
+        column = jnp.where(live, rows.length, 0)  # what a row that is done has kept is read no more
+        hidden, cache = model.decode(view, context.cache, context.length, slots.cache, column, rows.token)
         u, history = uniforms(keys, rows.length), _history(rules, context, rows, group)
         drawn = sample(model.head(view, hidden), u, rules, temperature, history)
         rows, live = _record(rows, live, drawn, stop_ids)
@@ -252,8 +253,8 @@ def move_layer(
     model: Model, length: int, own: KeyValue, prompts: list[KeyValue], seating: Seating
 ) -> tuple[KeyValue, list[KeyValue]]:
     """One layer's own keys and values, and those of the prompts: a layer at a time, so that one is held twice."""
-    keys, values = (_resize(jnp.take(x, seating.source, axis=0, mode="clip"), 2, length) for x in own)
-    return (_pin_leaf(model, keys), _pin_leaf(model, values)), _pick(model, prompts, seating.prompt)
+    taken = jax.tree.map(lambda x: jnp.take(x, seating.source, axis=0, mode="clip"), own)
+    return model.resize_cache(taken, length), _pick(model, prompts, seating.prompt)
 
 
 @partial(jax.jit, static_argnums=0)

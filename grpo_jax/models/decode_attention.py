@@ -1,0 +1,227 @@
+"""Attention of decoding: one query a row, over keys and values that were kept.
+
+A ``Keeper`` says how they are kept and read. What is kept of one layer's keys, or of its values, is a tuple of blocks
+that follow one another along the columns, each [R, K, c, d]: one block, or several where that lets a step leave out the
+blocks that no row sees. A block of its own costs nothing to leave out; a slice of a longer buffer is copied first.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models.attention import MASKED, cap
+from grpo_jax.models.layers import Compute
+
+Blocks = tuple[jax.Array, ...]
+"""Keys, or values, of one layer."""
+
+KeyValue = tuple[Blocks, Blocks]
+"""Keys and values of one layer."""
+
+MOST_BLOCKS = 8
+"""Blocks of one buffer: each is a branch of the program, compiled for itself."""
+LEAST_COLUMNS = 64
+"""Of a block: a shorter one costs as much as the branch around it."""
+
+
+class Seen(NamedTuple):
+    """The columns that queries see: ``first <= column < stop``.
+
+    Attributes:
+        first, stop: [R, M] int32, or [R, 1] where all queries of a row see the same.
+    """
+
+    first: jax.Array
+    stop: jax.Array
+
+    def mask(self, start: int, count: int) -> jax.Array:
+        """Bool [R, M or 1, count], of ``count`` columns from ``start`` on."""
+        columns = start + jnp.arange(count)
+        return (columns >= self.first[..., None]) & (columns < self.stop[..., None])
+
+    def any(self, start: int, count: int) -> jax.Array:
+        """Whether some query sees one of ``count`` columns from ``start`` on."""
+        return (jnp.maximum(self.first, start) < jnp.minimum(self.stop, start + count)).any()
+
+
+class Part(NamedTuple):
+    """Softmax over some of the columns, to be continued or joined with others (Milakov and Gimelshein 2018).
+
+    Attributes:
+        top: [R, K, M] float32, the largest score.
+        total: [R, K, M] float32, sum of ``exp(score - top)``.
+        mixed: [R, K, M, d] float32, the values so weighted.
+    """
+
+    top: jax.Array
+    total: jax.Array
+    mixed: jax.Array
+
+
+def empty_part(q: jax.Array) -> Part:
+    """No column yet, for queries [R, K, M, d]."""
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    return Part(jnp.full(q.shape[:-1], MASKED, jnp.float32), zeros[..., 0], zeros)
+
+
+def join_parts(one: Part, two: Part) -> Part:
+    """Both together."""
+    top = jnp.maximum(one.top, two.top)
+    x, y = jnp.exp(one.top - top), jnp.exp(two.top - top)
+    mixed = one.mixed * x[..., None] + two.mixed * y[..., None]
+    return Part(top, one.total * x + two.total * y, mixed)
+
+
+Read = Callable[[Compute, jax.Array, Blocks, Blocks, Seen, float | None], Part]
+"""(compute, q [R, K, M, d], keys, values, seen, softcap) -> what all M queries of each row read."""
+
+
+def read_dense(compute: Compute, q: jax.Array, keys: Blocks, values: Blocks, seen: Seen, softcap: float | None) -> Part:
+    """Every block, whoever sees it."""
+    return _fold(compute, q, keys, values, seen, softcap, skip=False)
+
+
+def read_ragged(
+    compute: Compute, q: jax.Array, keys: Blocks, values: Blocks, seen: Seen, softcap: float | None
+) -> Part:
+    """The blocks that some query sees. A block that a row does not see changes nothing of the row, to the bit."""
+    return _fold(compute, q, keys, values, seen, softcap, skip=len(keys) > 1)
+
+
+def _fold(
+    compute: Compute, q: jax.Array, keys: Blocks, values: Blocks, seen: Seen, softcap: float | None, skip: bool
+) -> Part:
+    part, start = empty_part(q), 0
+    for k, v in zip(keys, values, strict=True):
+        count = k.shape[2]
+
+        def absorb(part: Part, k: jax.Array, v: jax.Array, start: int = start, count: int = count) -> Part:
+            scores = cap(compute.einsum("rkmd,rkcd->rkmc", q, k, out=jnp.float32), softcap)
+            scores = jnp.where(seen.mask(start, count)[:, None], scores, MASKED)
+            top = jnp.maximum(part.top, scores.max(axis=-1))
+            weights, kept = jnp.exp(scores - top[..., None]), jnp.exp(part.top - top)
+            mixed = compute.einsum("rkmc,rkcd->rkmd", weights.astype(compute.dtype), v, out=jnp.float32)
+            return Part(top, part.total * kept + weights.sum(axis=-1), part.mixed * kept[..., None] + mixed)
+
+        if skip:
+            part = jax.lax.cond(seen.any(start, count), absorb, lambda part, k, v: part, part, k, v)
+        else:
+            part = absorb(part, k, v)
+        start += count
+    return part
+
+
+READERS: Mapping[str, Read] = {"dense": read_dense, "ragged": read_ragged}
+"""Variant -> how it reads."""
+
+DEFAULTS: Mapping[str, str] = {"cpu": "ragged"}
+"""Platform -> the variant that "auto" takes there; "dense" elsewhere: nothing else was run on hardware."""
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """How keys and values are kept for decoding, and how they are read.
+
+    Attributes:
+        compute: dtype, precision, mesh.
+        attention: key of ``READERS``, or "auto".
+    """
+
+    compute: Compute
+    attention: str = "auto"
+
+    @property
+    def variant(self) -> str:
+        """Key of ``READERS``."""
+        platform = self.compute.mesh.devices.flat[0].platform
+        return DEFAULTS.get(platform, "dense") if self.attention == "auto" else self.attention
+
+    def widths(self, length: int) -> list[int]:
+        """Columns of each block of a buffer of ``length`` columns; all of one width but for the last."""
+        count = min(MOST_BLOCKS, max(1, length // LEAST_COLUMNS)) if self.variant == "ragged" else 1
+        width = math.ceil(length / count)
+        return [min(width, length - start) for start in range(0, length, width)]
+
+    def empty(self, rows: int, kv_heads: int, length: int, head_dim: int) -> Blocks:
+        """Zeros, rows over data and fsdp, key heads over tensor."""
+        shapes = [(rows, kv_heads, width, head_dim) for width in self.widths(length)]
+        return tuple(self._pin(jnp.zeros(shape, self.compute.dtype)) for shape in shapes)
+
+    def keep(self, x: jax.Array) -> Blocks:
+        """Keys or values [R, K, C, d] -> what is kept of them."""
+        ends = [sum(self.widths(x.shape[2])[: i + 1]) for i in range(len(self.widths(x.shape[2])))]
+        return tuple(self._pin(block) for block in jnp.split(x, ends[:-1], axis=2))
+
+    def write(self, blocks: Blocks, new: jax.Array, column: jax.Array) -> Blocks:
+        """Puts ``new`` [R, K, d] at column ``column`` [R]; columns from C on are dropped."""
+        out, start = [], 0
+        for block in blocks:
+            width = block.shape[2]
+            out.append(_put(block, new, jnp.where(column < start, width, column - start)))
+            start += width
+        return tuple(out)
+
+    def resize(self, blocks: Blocks, length: int) -> Blocks:
+        """Longer by zeros, or cut."""
+        joined = jnp.concatenate(blocks, axis=2)
+        more = max(0, length - joined.shape[2])
+        padded = jnp.pad(joined, ((0, 0), (0, 0), (0, more), (0, 0)))
+        return self.keep(jax.lax.slice_in_dim(padded, 0, length, axis=2))
+
+    def _pin(self, x: jax.Array) -> jax.Array:
+        return self.compute.shard(x, "batch", "kv_heads", None, None)
+
+    def attend(
+        self, q: jax.Array, prompt: KeyValue, prompt_seen: Seen, own: KeyValue, own_seen: Seen, softcap: float | None
+    ) -> jax.Array:
+        """One query a row over its prompt's keys, which its group shares, and its own: one softmax over both.
+
+        Args:
+            q: [B, K, g, d], B = Q * G.
+            prompt: of Q rows; a group's queries are stacked on it, so that it is read once.
+            prompt_seen: [Q, G] or [Q, 1].
+            own: of B rows.
+            own_seen: [B, 1], one column at least in each row.
+            softcap: of the scores, see ``cap``.
+
+        Returns:
+            [B, K, g, d].
+        """
+        (rows, kv_heads, group, head_dim), prompts = q.shape, prompt[0][0].shape[0]
+        samples = rows // prompts
+        stacked = jnp.swapaxes(q.reshape(prompts, samples, *q.shape[1:]), 1, 2).reshape(prompts, kv_heads, -1, head_dim)
+        if prompt_seen.first.shape[1] > 1:
+            prompt_seen = Seen(*(jnp.repeat(x, group, axis=1) for x in prompt_seen))
+        read = READERS[self.variant]
+        far = read(self.compute, stacked, *prompt, prompt_seen, softcap)
+
+        def to_rows(x: jax.Array) -> jax.Array:  # [Q, K, G * g, ...] -> [B, K, g, ...]
+            cut = x.reshape(prompts, kv_heads, samples, group, *x.shape[3:])
+            return jnp.swapaxes(cut, 1, 2).reshape(rows, kv_heads, group, *x.shape[3:])
+
+        near = read(self.compute, q, *own, own_seen, softcap)
+        both = join_parts(Part(*map(to_rows, far)), near)
+        return (both.mixed / both.total[..., None]).astype(self.compute.dtype)
+
+
+def _put(block: jax.Array, new: jax.Array, column: jax.Array) -> jax.Array:
+    """``new`` [R, K, d] at ``column`` [R] of [R, K, c, d]; columns from c on are dropped."""
+    return jax.vmap(lambda row, value, at: row.at[:, at].set(value, mode="drop"))(block, new, column)
+
+
+def columns(kept: KeyValue) -> int:
+    """C, of all blocks together."""
+    return sum(block.shape[2] for block in kept[0])
+
+
+def seen_columns(prompt_len: jax.Array, cache_len: jax.Array, window: int | None) -> tuple[Seen, Seen]:
+    """What the token at column ``cache_len`` [B] sees: of its prompt, ``prompt_len`` [Q], and of its row."""
+    stop, own_stop = prompt_len[:, None], cache_len[:, None] + 1
+    if window is None:
+        return Seen(jnp.zeros_like(stop), stop), Seen(jnp.zeros_like(own_stop), own_stop)
+    last = stop + cache_len.reshape(prompt_len.shape[0], -1)  # [Q, G]
+    return Seen(last + 1 - window, jnp.broadcast_to(stop, last.shape)), Seen(own_stop - window, own_stop)
