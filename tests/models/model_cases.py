@@ -28,6 +28,8 @@ LLAMA3 = {
 
 WINDOW = {"sliding_window": 4, "head_dim": 6}
 FAMILY_CASES: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "sliding_window": 4},
+    "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 6},
     "gemma2": {
         "model_type": "gemma2",
         "attn_logit_softcapping": 2.0,
@@ -51,6 +53,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         "logits_scaling": 3.0,
     },
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 4},
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 4,

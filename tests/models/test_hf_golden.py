@@ -1,6 +1,9 @@
 """Logits and gradients of transformers, from the file that scripts/make_hf_golden.py wrote; no torch needed."""
 
+import collections
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +46,17 @@ def test_gradients_are_those_of_transformers(case, golden, tmp_path):
 def test_every_family_has_cases(golden):
     types = {json.loads(str(golden[f"{case}/config"]))["model_type"] for case in CASES}
     assert types == set(FAMILIES)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/MODELS.md"])
+def test_the_pages_tables_say_what_is_tested(page, golden):
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    tables = [line for line in text.splitlines() if re.match(r"\| `\w+` \| .* \| logits", line)]
+    rows = {line.split("`")[1]: line.split(" | ")[3] for line in tables}
+    types = {case: json.loads(str(golden[f"{case}/config"]))["model_type"] for case in CASES}
+    counts = collections.Counter(types.values())
+    assert {family: int(re.search(r"\d+", tested).group()) for family, tested in rows.items()} == counts
+    assert {family for family, tested in rows.items() if "gradient" in tested} == {types[case] for case in GRADIENTS}
 
 
 def test_the_file_is_small():
