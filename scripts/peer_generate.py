@@ -11,9 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 
-def transformers_rollout(work: dict[str, int]) -> Callable[[], None]:
+def transformers_rollout(work: dict[str, Any]) -> Callable[[], None]:
     """As TRL 1.16 samples without another engine: transformers' generate on the prompts, each repeated."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -27,13 +28,14 @@ def transformers_rollout(work: dict[str, int]) -> Callable[[], None]:
         num_attention_heads=work["heads"],
         num_key_value_heads=work["kv_heads"],
         intermediate_size=work["ffn"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=work["tied"],
         eos_token_id=1,
         pad_token_id=0,
         bos_token_id=None,
     )
-    model = Qwen2ForCausalLM(config).eval()
-    prompts = torch.randint(2, work["vocab"], (work["prompts"], work["prompt_len"]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Qwen2ForCausalLM(config).to(device, getattr(torch, work["dtype"])).eval()
+    prompts = torch.randint(2, work["vocab"], (work["prompts"], work["prompt_len"]), device=device)
     ids = prompts.repeat_interleave(work["samples"], dim=0)
     length = work["length"]
 
@@ -48,13 +50,13 @@ def transformers_rollout(work: dict[str, int]) -> Callable[[], None]:
                 max_new_tokens=length,
                 suppress_tokens=[1],
             )
-        assert out.shape == (ids.shape[0], ids.shape[1] + length)
+        assert out.cpu().shape == (ids.shape[0], ids.shape[1] + length)
 
     return rollout
 
 
-def tunix_rollout(work: dict[str, int]) -> Callable[[], None]:
-    """Tunix's own sampler, as its vanilla rollout calls it."""
+def tunix_cluster(work: dict[str, Any], steps: int, batch: int) -> Any:
+    """Tunix's actor with its vanilla rollout; prompts and completions are numbers in words, nothing ends one early."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     import jax
     import numpy as np
@@ -96,8 +98,7 @@ def tunix_rollout(work: dict[str, int]) -> Callable[[], None]:
     )
     role = rl_cluster.Role
     mesh = jax.sharding.Mesh(np.empty((), dtype=object), ())
-    rows = work["prompts"] * work["samples"]
-    cluster = rl_cluster.RLCluster(
+    return rl_cluster.RLCluster(
         actor=qwen3.Qwen3(config, rngs=nnx.Rngs(0)),
         reference=None,
         tokenizer=Numbers(),
@@ -106,11 +107,11 @@ def tunix_rollout(work: dict[str, int]) -> Callable[[], None]:
             rollout_engine="vanilla",
             offload_to_cpu=False,
             training_config=rl_cluster.RLTrainingConfig(
-                actor_optimizer=optax.sgd(0.0),
+                actor_optimizer=optax.adamw(1e-5),
                 eval_every_n_steps=10**9,
-                max_steps=1,
-                rollout_micro_batch_size=rows,
-                compute_logps_micro_batch_size=rows,
+                max_steps=steps,
+                rollout_micro_batch_size=batch,
+                compute_logps_micro_batch_size=batch,
             ),
             rollout_config=base_rollout.RolloutConfig(
                 max_tokens_to_generate=work["length"],
@@ -122,6 +123,14 @@ def tunix_rollout(work: dict[str, int]) -> Callable[[], None]:
             ),
         ),
     )
+
+
+def tunix_rollout(work: dict[str, Any]) -> Callable[[], None]:
+    """Tunix's own sampler, as its vanilla rollout calls it."""
+    import jax
+    import numpy as np
+
+    cluster = tunix_cluster(work, 1, work["prompts"] * work["samples"])
     ids = np.random.default_rng(0).integers(3, work["vocab"], (work["prompts"], work["prompt_len"] - 1))
     texts = [" ".join(map(str, row)) for row in ids for _ in range(work["samples"])]
 
@@ -143,7 +152,7 @@ def main() -> None:
     for _ in sys.stdin:
         begun = time.perf_counter()
         rollout()
-        print(time.perf_counter() - begun, flush=True)
+        print(f"seconds {time.perf_counter() - begun}", flush=True)
 
 
 if __name__ == "__main__":
