@@ -175,6 +175,8 @@ def open_tensors(directory: Path) -> TensorFiles:
 
 
 def _read_header(path: Path) -> dict[str, Place]:
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"{path}: got no plain file; the index says that tensors are there; fetch it again")
     try:
         with safe_open(path, framework="numpy"):  # checks the header against the file
             pass

@@ -351,6 +351,17 @@ def test_an_index_must_fit_its_files(tmp_path):
         load_model(source)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_an_index_must_name_plain_files(make, tmp_path):
+    source = _write(tmp_path / "in")
+    (source / "model.safetensors").unlink()
+    make(source / "a.safetensors")
+    index = {"weight_map": {name: "a.safetensors" for name in _tensors()}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"a\.safetensors: got no plain file"):
+        load_model(source)
+
+
 def test_save_refuses_what_would_not_load(tmp_path):
     model, params = load_model(_write(tmp_path / "in"))
     with pytest.raises(ValueError, match="'int8'"):
