@@ -8,6 +8,7 @@ blocks that no row sees. A block of its own costs nothing to leave out; a slice 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,14 +17,46 @@ import jax.numpy as jnp
 from grpo_jax.models.attention import MASKED, cap
 from grpo_jax.models.layers import Compute
 
-Blocks = tuple[jax.Array, ...]
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8:
+    """Numbers in eight bits, ``values * scale``: each token of each head has the scale of its largest.
+
+    Attributes:
+        values: [..., d] int8, from -127 to 127.
+        scale: [..., 1] float32.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Int8":
+        """[..., d] to the nearest of 255 steps; zeros stay zeros."""
+        x = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+        return cls(jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., d]."""
+        return self.values.shape
+
+
+Block = jax.Array | Int8
+"""Some columns of keys, or of values: [R, K, c, d]."""
+
+Blocks = tuple[Block, ...]
 """Keys, or values, of one layer."""
 
 KeyValue = tuple[Blocks, Blocks]
 """Keys and values of one layer."""
 
 MOST_BLOCKS = 8
-"""Blocks of one buffer: each is a branch of the program, compiled for itself."""
+"""Blocks of one buffer, unless it is very long: each is a branch of the program, compiled for itself."""
+MOST_COLUMNS = 512
+"""Of a block: XLA's products on the CPU get several times slower beyond."""
 LEAST_COLUMNS = 64
 """Of a block: a shorter one costs as much as the branch around it."""
 
@@ -99,12 +132,15 @@ def _fold(
     for k, v in zip(keys, values, strict=True):
         count = k.shape[2]
 
-        def absorb(part: Part, k: jax.Array, v: jax.Array, start: int = start, count: int = count) -> Part:
-            scores = cap(compute.einsum("rkmd,rkcd->rkmc", q, k, out=jnp.float32), softcap)
+        def absorb(part: Part, k: Block, v: Block, start: int = start, count: int = count) -> Part:
+            keys, key_scale = _numbers(k, compute)
+            scores = cap(compute.einsum("rkmd,rkcd->rkmc", q, keys, out=jnp.float32) * key_scale, softcap)
             scores = jnp.where(seen.mask(start, count)[:, None], scores, MASKED)
             top = jnp.maximum(part.top, scores.max(axis=-1))
             weights, kept = jnp.exp(scores - top[..., None]), jnp.exp(part.top - top)
-            mixed = compute.einsum("rkmc,rkcd->rkmd", weights.astype(compute.dtype), v, out=jnp.float32)
+            values, scale = _numbers(v, compute)
+            scaled = (weights * scale).astype(compute.dtype)
+            mixed = compute.einsum("rkmc,rkcd->rkmd", scaled, values, out=jnp.float32)
             return Part(top, part.total * kept + weights.sum(axis=-1), part.mixed * kept[..., None] + mixed)
 
         if skip:
@@ -115,8 +151,17 @@ def _fold(
     return part
 
 
+def _numbers(block: Block, compute: Compute) -> tuple[jax.Array, jax.Array | float]:
+    """[R, K, c, d] in the compute dtype, and the factor of each column, [R, K, 1, c] or 1."""
+    if isinstance(block, Int8):
+        return block.values.astype(compute.dtype), jnp.swapaxes(block.scale, 2, 3)
+    return block.astype(compute.dtype), 1.0
+
+
 READERS: Mapping[str, Read] = {"dense": read_dense, "ragged": read_ragged}
 """Variant -> how it reads."""
+
+KV_DTYPES = ("auto", "bfloat16", "int8")
 
 DEFAULTS: Mapping[str, str] = {"cpu": "ragged"}
 """Platform -> the variant that "auto" takes there; "dense" elsewhere: nothing else was run on hardware."""
@@ -129,10 +174,12 @@ class Keeper:
     Attributes:
         compute: dtype, precision, mesh.
         attention: key of ``READERS``, or "auto".
+        dtype: of what is kept: one of ``KV_DTYPES``, "auto" is that of ``compute``.
     """
 
     compute: Compute
     attention: str = "auto"
+    dtype: str = "auto"
 
     @property
     def variant(self) -> str:
@@ -142,38 +189,56 @@ class Keeper:
 
     def widths(self, length: int) -> list[int]:
         """Columns of each block of a buffer of ``length`` columns; all of one width but for the last."""
-        count = min(MOST_BLOCKS, max(1, length // LEAST_COLUMNS)) if self.variant == "ragged" else 1
+        if self.variant != "ragged":
+            return [length]
+        count = max(1, min(MOST_BLOCKS, length // LEAST_COLUMNS), math.ceil(length / MOST_COLUMNS))
         width = math.ceil(length / count)
         return [min(width, length - start) for start in range(0, length, width)]
 
     def empty(self, rows: int, kv_heads: int, length: int, head_dim: int) -> Blocks:
         """Zeros, rows over data and fsdp, key heads over tensor."""
         shapes = [(rows, kv_heads, width, head_dim) for width in self.widths(length)]
-        return tuple(self._pin(jnp.zeros(shape, self.compute.dtype)) for shape in shapes)
+        return tuple(self._pin(self._encode(jnp.zeros(shape, self.compute.dtype))) for shape in shapes)
 
     def keep(self, x: jax.Array) -> Blocks:
         """Keys or values [R, K, C, d] -> what is kept of them."""
-        ends = [sum(self.widths(x.shape[2])[: i + 1]) for i in range(len(self.widths(x.shape[2])))]
-        return tuple(self._pin(block) for block in jnp.split(x, ends[:-1], axis=2))
+        return self._cut(self._encode(x))
 
     def write(self, blocks: Blocks, new: jax.Array, column: jax.Array) -> Blocks:
         """Puts ``new`` [R, K, d] at column ``column`` [R]; columns from C on are dropped."""
         out, start = [], 0
         for block in blocks:
             width = block.shape[2]
-            out.append(_put(block, new, jnp.where(column < start, width, column - start)))
+            at = jnp.where(column < start, width, column - start)
+            out.append(jax.tree.map(lambda x, y, at=at: _put(x, y, at), block, self._encode(new)))
             start += width
         return tuple(out)
 
     def resize(self, blocks: Blocks, length: int) -> Blocks:
         """Longer by zeros, or cut."""
-        joined = jnp.concatenate(blocks, axis=2)
-        more = max(0, length - joined.shape[2])
-        padded = jnp.pad(joined, ((0, 0), (0, 0), (0, more), (0, 0)))
-        return self.keep(jax.lax.slice_in_dim(padded, 0, length, axis=2))
 
-    def _pin(self, x: jax.Array) -> jax.Array:
-        return self.compute.shard(x, "batch", "kv_heads", None, None)
+        def one(*cut: jax.Array) -> jax.Array:
+            joined = jnp.concatenate(cut, axis=2)
+            padded = jnp.pad(joined, ((0, 0), (0, 0), (0, max(0, length - joined.shape[2])), (0, 0)))
+            return jax.lax.slice_in_dim(padded, 0, length, axis=2)
+
+        return self._cut(jax.tree.map(one, *blocks))
+
+    def _encode(self, x: jax.Array) -> Block:
+        return (
+            Int8.of(x) if self.dtype == "int8" else x.astype(self.compute.dtype if self.dtype == "auto" else self.dtype)
+        )
+
+    def _cut(self, whole: Block) -> Blocks:
+        out, start = [], 0
+        for width in self.widths(whole.shape[2]):
+            cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + width, axis=2)
+            out.append(self._pin(jax.tree.map(cut, whole)))
+            start += width
+        return tuple(out)
+
+    def _pin(self, block: Block) -> Block:
+        return jax.tree.map(lambda x: self.compute.shard(x, "batch", "kv_heads", None, None), block)
 
     def attend(
         self, q: jax.Array, prompt: KeyValue, prompt_seen: Seen, own: KeyValue, own_seen: Seen, softcap: float | None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.mesh import single_device_mesh
-from grpo_jax.models.decode_attention import READERS, Keeper, seen_columns
+from grpo_jax.models.decode_attention import KV_DTYPES, READERS, Int8, Keeper, seen_columns
 from grpo_jax.models.layers import Compute
 
 CASES = {
@@ -25,8 +25,15 @@ CASES = {
 PROMPTS, SAMPLES = 3, 2
 
 
-def _keeper(variant, dtype="float32"):
-    return Keeper(Compute(dtype, "highest" if dtype == "float32" else "default", single_device_mesh()), variant)
+def _keeper(variant, dtype="float32", kept="auto"):
+    compute = Compute(dtype, "highest" if dtype == "float32" else "default", single_device_mesh())
+    return Keeper(compute, variant, kept)
+
+
+def _int8(x):
+    """What eight bits leave of it."""
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.rint(x / scale) * scale
 
 
 def _inputs(kv_heads=2, group=3, head_dim=16, width=96, length=200, seed=0):
@@ -61,7 +68,7 @@ def _oracle(q, prompt, prompt_len, own, cache_len, window=None, softcap=None):
 
 @partial(jax.jit, static_argnums=(0, 6, 7))
 def _attend(keeper, q, prompt, prompt_len, own, cache_len, window=None, softcap=None):
-    q, prompt, own = jax.tree.map(lambda x: x.astype(keeper.compute.dtype), (q, prompt, own))
+    q, prompt, own = jax.tree.map(lambda x: jnp.asarray(x, keeper.compute.dtype), (q, prompt, own))
     seen = seen_columns(prompt_len, cache_len, window)
     kept, mine = (tuple(keeper.keep(x) for x in pair) for pair in (prompt, own))
     return keeper.attend(q, kept, seen[0], mine, seen[1], softcap)
@@ -76,6 +83,18 @@ def test_every_variant_equals_one_softmax_over_all_columns(variant, case):
     want = _oracle(*inputs, **rules)
     got = _attend(_keeper(variant), *inputs, *rules.values())
     assert np.abs(got - want).max() < 2e-6
+
+
+@pytest.mark.parametrize("variant", READERS)
+@pytest.mark.parametrize("case", ["plain", "window into the prompt, cap"])
+def test_int8_is_the_softmax_over_what_eight_bits_leave(variant, case):
+    rules = [CASES[case].get(name) for name in ("window", "softcap")]
+    q, prompt, prompt_len, own, cache_len = _inputs()
+    want = _oracle(q, tuple(map(_int8, prompt)), prompt_len, tuple(map(_int8, own)), cache_len, *rules)
+    got = _attend(_keeper(variant, kept="int8"), q, prompt, prompt_len, own, cache_len, *rules)
+    assert np.abs(got - want).max() < 2e-6
+    exact = np.abs(got - _oracle(q, prompt, prompt_len, own, cache_len, *rules))
+    assert 1e-4 < exact.max() < 0.03
 
 
 @pytest.mark.parametrize("variant", READERS)
@@ -98,8 +117,9 @@ def test_a_row_depends_on_its_own_columns_alone(variant):
         assert np.array_equal(want[2], other[2]) and np.array_equal(want[0], other[0])
 
 
-def test_blocks_are_written_and_resized_like_one_buffer():
-    keeper, plain = _keeper("ragged"), _keeper("dense")
+@pytest.mark.parametrize("kept", KV_DTYPES)
+def test_blocks_are_written_and_resized_like_one_buffer(kept):
+    keeper, plain = _keeper("ragged", kept=kept), _keeper("dense", kept=kept)
     rng = np.random.default_rng(1)
     assert len(keeper.widths(200)) == 3 and plain.widths(200) == [200] and sum(keeper.widths(1000)) == 1000
     columns = np.array([0, 66, 67, 199, 200, 133], np.int32)
@@ -111,7 +131,20 @@ def test_blocks_are_written_and_resized_like_one_buffer():
     for length in (200, 90, 500):
         blocks, whole = (each.resize(x, length) for each, x in zip((keeper, plain), states, strict=True))
         assert [x.shape[2] for x in blocks] == keeper.widths(length)
-        assert np.array_equal(np.concatenate(blocks, axis=2), whole[0]) and np.abs(whole[0]).max() > 0
+        joined = jax.tree.map(lambda *x: np.concatenate(x, axis=2), *blocks)
+        for got, want in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
+            assert np.array_equal(got, want) and np.abs(want.astype(np.float32)).max() > 0
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(states)}
+    assert dtypes == {"auto": {"float32"}, "int8": {"int8", "float32"}}.get(kept, {kept})
+
+
+def test_int8_is_at_most_half_a_step_off_and_keeps_zeros():
+    x = np.random.default_rng(0).standard_normal((5, 3, 7), np.float32) * np.float32([[1e-20], [1], [1e20]])
+    x[0, 0] = 0
+    kept = Int8.of(x)
+    back = np.asarray(kept.values * kept.scale)
+    assert (np.abs(back - x) <= np.asarray(kept.scale) * 0.5001).all() and (back[0, 0] == 0).all()
+    assert np.abs(kept.values).max() == 127 and kept.shape == x.shape
 
 
 def test_a_block_that_no_row_sees_is_not_read():
