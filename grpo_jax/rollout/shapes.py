@@ -2,23 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 MOST_SHAPES = 12
-FIRST_LENGTH = 64
-"""Completions up to so many tokens have one cache length: growing a cache that small saves less than it compiles."""
+FEWEST_SHAPES = 3
+STEPS_A_SHAPE = 12
+"""A shape for so many tokens of the longest completion: each takes seconds to compile."""
+LEAST_STEP = 4
+"""A shape has at least so many rows less than the one before: a step of few rows costs what it costs."""
 LONG = 512
-"""From so many tokens on cache lengths are four times apart instead of twice."""
-FRACTIONS: dict[int, tuple[tuple[float, ...], ...]] = {
-    1: ((1, 1 / 2, 1 / 4),),
-    2: ((1, 3 / 4, 1 / 2, 1 / 4, 1 / 8), (1, 3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)),
-    3: ((1, 3 / 4, 1 / 2), (1, 3 / 4, 1 / 2, 1 / 4), (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)),
-}
-"""Number of cache lengths -> for each the rows, as shares of all. Few rows are left where the cache is long."""
-FEWEST_ROWS = 8
-"""Below so many rows a step costs what it costs: no shape has fewer, unless there never were more."""
+"""Rows that start together and may get longer than this start in a cache of a quarter of the length."""
+SHORT_SHAPES = 3
+"""Shapes of that one: after so many tokens few rows are left."""
 
 
 @dataclass(frozen=True, order=True)
@@ -118,7 +115,7 @@ def ladder(
     """The shapes for ``prompts`` times ``samples`` rows of up to ``limit`` tokens.
 
     While all rows of a prompt run they stand on one copy of its cache. Afterwards blocks shrink with the rows, so that
-    about twice as many copies as prompts are kept and few slots stand empty in blocks that are not full.
+    few slots stand empty in blocks that are not full.
 
     Args:
         prompts: Q.
@@ -133,7 +130,7 @@ def ladder(
         refill = not fits
     if refill:
         wanted = min(slots or prompts * samples, prompts * samples)
-        group = _power_of_two(samples / 4)
+        group = _power_of_two(samples / 8)
         top = _multiple(wanted, group * shards, down=wanted >= group * shards)
         pool = _multiple(min(prompts, max(1, top // samples)), shards)
     elif fits:
@@ -141,30 +138,32 @@ def ladder(
         top = pool * samples
     else:
         raise ValueError(f"rollout.slots: got {slots} for {prompts * samples} rows that start together. Use refill.")
-    lengths = cache_lengths(limit)
-    shapes: dict[tuple[int, int], Shape] = {}
-    for length, fractions in zip(lengths, FRACTIONS[len(lengths)], strict=True):
-        for fraction in fractions:
-            shape = _shape(fraction, top, length, group, samples, shards)
-            shapes.setdefault((shape.rows, length), shape)  # of equal rows the largest group
-    assert len(shapes) <= MOST_SHAPES
-    return Ladder(tuple(sorted(shapes.values())), samples, pool, refill)
+    lengths = [limit] if refill else cache_lengths(limit)
+    most = MOST_SHAPES - SHORT_SHAPES * (len(lengths) - 1)
+    count = min(max(limit // STEPS_A_SHAPE, FEWEST_SHAPES), most)
+    shapes = _falling(count, Shape(top, limit, group), samples, shards)
+    shapes += [replace(shape, length=length) for length in lengths[:-1] for shape in shapes[:SHORT_SHAPES]]
+    return Ladder(tuple(sorted(shapes)), samples, pool, refill)
 
 
 def cache_lengths(limit: int) -> list[int]:
-    """At most three lengths up to ``limit``, each a part of the next."""
-    lengths = [limit]
-    while len(lengths) < len(FRACTIONS) and lengths[0] > FIRST_LENGTH:
-        lengths.insert(0, math.ceil(lengths[0] / (4 if lengths[0] >= LONG else 2)))
-    return lengths
+    """The lengths of the caches of rows that start together."""
+    return [limit] if limit <= LONG else [math.ceil(limit / 4), limit]
 
 
-def _shape(fraction: float, top: int, length: int, group: int, samples: int, shards: int) -> Shape:
-    if fraction == 1:
-        return Shape(top, length, group)
-    smaller = min(group, _power_of_two(samples * fraction / 2))
-    rows = _multiple(max(math.ceil(top * fraction), FEWEST_ROWS), smaller * shards)
-    return Shape(rows, length, smaller) if rows < top else Shape(top, length, group)
+def _falling(count: int, first: Shape, samples: int, shards: int) -> list[Shape]:
+    """At most ``count`` shapes of one length, their rows falling as a parabola does.
+
+    The share of empty slots is then small while there are many, and grows only where a step costs little.
+    """
+    shapes = [first]
+    for place in range(1, count):
+        share = (1 - place / count) ** 2
+        group = min(first.group, _power_of_two(samples * share / 4))
+        rows = _multiple(math.ceil(first.rows * share), group * shards)
+        if shapes[-1].rows - rows >= LEAST_STEP:
+            shapes.append(Shape(rows, first.length, group))
+    return shapes
 
 
 def arrange(rows: np.ndarray, samples: int, shape: Shape) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from static_engine import StaticEngine
 from test_engine import assert_same_but_for_boundaries, completions, learner_logp
 
 from grpo_jax.metrics import CompileLog
-from grpo_jax.rollout import ContinuousEngine, Sampling
+from grpo_jax.rollout import ContinuousEngine, Sampling, shapes
 from grpo_jax.testing import tiny_model
 from grpo_jax.types import Prompt
 
@@ -42,6 +42,19 @@ def test_contract_4_slots_and_schedule_change_no_token(tiny, static, options):
     np.testing.assert_array_equal(static.finish[same], rollout.finish[same])
     gap = np.abs(learner_logp(model, params, rollout, 1.0) - rollout.sampler_logp)[rollout.completion_mask]
     assert gap.size > 500 and gap.mean() <= 1e-5 and gap.max() <= 1e-4
+
+
+def test_contract_4_a_cache_that_grows_changes_no_token(tiny, static, monkeypatch):
+    model, params = tiny
+    monkeypatch.setattr(shapes, "LONG", 32)
+    call = ContinuousEngine(model, 16).stream(params, ASKED, **CALL)
+    for _ in call:
+        pass
+    assert {shape.length for shape in call.counts.shapes} == {18, LIMIT}
+    rollout = call.sampled.rollout(np.arange(len(ASKED) * SAMPLES))
+    assert_same_but_for_boundaries(model, params, static, rollout, range(5), SAMPLES)
+    gap = np.abs(learner_logp(model, params, rollout, 1.0) - rollout.sampler_logp)[rollout.completion_mask]
+    assert gap.mean() <= 1e-5 and gap.max() <= 1e-4
 
 
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)

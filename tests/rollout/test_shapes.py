@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.rollout.shapes import MOST_SHAPES, arrange, blocks_needed, cache_lengths, ladder
+from grpo_jax.rollout.shapes import MOST_SHAPES, Ladder, arrange, blocks_needed, cache_lengths, ladder
 
 CALLS = st.tuples(
     st.integers(1, 70),  # prompts
@@ -56,9 +56,33 @@ def test_every_rollout_finds_its_way_through_the_shapes(call, seed):
 
 
 def test_lengths_end_at_the_limit():
-    assert cache_lengths(32) == [32] and cache_lengths(64) == [64]
-    assert cache_lengths(256) == [64, 128, 256] and cache_lengths(2048) == [128, 512, 2048]
-    assert cache_lengths(1) == [1]
+    assert cache_lengths(1) == [1] and cache_lengths(512) == [512] and cache_lengths(2048) == [512, 2048]
+
+
+def occupancy(shapes: Ladder, lengths: np.ndarray) -> float:
+    """Share of slot-steps with a live row, when rows that start together move down as soon as they fit."""
+    shape, used, samples = shapes.first, 0, shapes.samples
+    for step in range(lengths.max()):
+        rows = np.flatnonzero(lengths > step)
+        if step == shape.length:
+            shape = shapes.grown(shape)
+        while (target := shapes.closer(shape)) is not None:
+            if blocks_needed(counts_of(rows, samples), target.group) * target.group > target.rows:
+                break
+            shape = target
+        used += shape.rows
+    return float(lengths.sum() / used)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "cap", "mean", "least"),
+    [(8, 16, 256, 60, 0.87), (16, 8, 256, 60, 0.87), (32, 8, 512, 120, 0.85), (64, 16, 2048, 570, 0.84)],
+)
+def test_few_slots_are_empty_on_lognormal_lengths(prompts, samples, cap, mean, least):
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - 0.32, 0.8, prompts * samples)
+    lengths = np.clip(np.rint(drawn), 1, cap).astype(int)
+    shapes = ladder(prompts, samples, cap, None, 1)
+    assert occupancy(shapes, lengths) >= least
 
 
 def test_rows_that_must_start_together_need_slots():
