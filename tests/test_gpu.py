@@ -1,5 +1,7 @@
 """What only a GPU can show: `JAX_PLATFORMS=cuda pytest -m gpu`. Skipped where jax sees none."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import grpo_jax
 from grpo_jax.config import TrainConfig
 from grpo_jax.metrics import read_json_lines
+from grpo_jax.models.decode_attention import READERS
 from grpo_jax.testing import tiny_model
 
 pytestmark = [
@@ -16,13 +19,34 @@ pytestmark = [
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [3, 3]]
 
 
-def test_contract_3_in_float32_the_sampler_agrees_with_the_learner():
-    model, params = tiny_model()
-    rollout = grpo_jax.generate(model, params, PROMPTS, 8, 32, stop_ids=[1])
-    logp = np.asarray(jax.nn.log_softmax(model.logits(params, rollout.tokens)))
+def gap(model, params, rollout):
+    """|sampler - learner| of every sampled token."""
+    logp = np.asarray(jax.nn.log_softmax(model.logits(params, rollout.tokens).astype(np.float32)))
     logp = np.pad(np.take_along_axis(logp[:, :-1], rollout.tokens[:, 1:, None], -1)[..., 0], ((0, 0), (1, 0)))
-    gap = np.abs(logp - rollout.sampler_logp)[rollout.completion_mask]
-    assert gap.mean() <= 1e-5 and gap.max() <= 1e-4
+    return np.abs(logp - rollout.sampler_logp)[rollout.completion_mask]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2"])
+def test_contract_3_in_float32_the_sampler_agrees_with_the_learner(family):
+    model, params = tiny_model(model_type=family, head_dim=8)
+    found = gap(model, params, grpo_jax.generate(model, params, PROMPTS, 8, 32, stop_ids=[1]))
+    assert found.mean() <= 1e-5 and found.max() <= 1e-4
+
+
+@pytest.mark.parametrize("attention", sorted(READERS))
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_every_way_to_read_the_cache_agrees_with_the_learner(attention, dtype, most):
+    tiny, params = tiny_model(dtype=dtype, scale=3.0)
+    model = dataclasses.replace(tiny, attention=attention)
+    found = gap(model, params, grpo_jax.generate(model, params, PROMPTS, 4, 200, stop_ids=[1]))
+    assert 0 < found.mean() <= most and len(found) > 500
+
+
+def test_contract_4_the_same_call_twice_gives_the_same_bits():
+    model, params = tiny_model()
+    one, two = (grpo_jax.generate(model, params, PROMPTS, 8, 32, stop_ids=[1], seed=3) for _ in range(2))
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    np.testing.assert_array_equal(one.sampler_logp, two.sampler_logp)
 
 
 def test_logits_equal_the_cpus():
