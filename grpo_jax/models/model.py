@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.mesh import single_device_mesh, spec_for
-from grpo_jax.models import transformer
+from grpo_jax.models import prefill, transformer
 from grpo_jax.models.decode_attention import READERS, Keeper, KeyValue
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.lora import cut, join, merge
@@ -254,7 +254,7 @@ class Model:
 
     def prefill(self, view: View, tokens: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, PromptCache]:
         """Prompts [Q, P] int32 of lengths [Q], at least 1 -> hidden [Q, D] at each one's last token, and its cache."""
-        hidden, cache = transformer.prefill(self.layout, view, tokens, prompt_len)
+        hidden, cache = prefill.prefill(self.layout, view, tokens, prompt_len)
         return hidden, tuple((self.keeper.keep(keys), self.keeper.keep(values)) for keys, values in cache)
 
     def init_cache(self, rows: int, length: int) -> Cache:

@@ -288,31 +288,6 @@ def decode_view(layout: Layout, params: dict[str, Any]) -> View:
     return View(use(layout, params["outer"], layout.weights["outer"]), tuple(layers))
 
 
-def prefill(
-    layout: Layout, view: View, tokens: jax.Array, prompt_len: jax.Array
-) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
-    """Prompts [Q, P] -> the hidden state of each one's last token [Q, D], and keys and values [Q, K, P, d] a layer."""
-    compute = layout.compute
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    mask = segment_mask((positions < prompt_len[:, None]).astype(jnp.int32), None)
-    masks = _masks(layout, mask, positions)
-
-    def mix_in(index: int) -> Mix:
-        layer = layout.layers[index]
-
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            mixed = attend(compute, q, k, v, masks[layer.window], layer.softcap)
-            return mixed, (to_cache(compute, k), to_cache(compute, v))
-
-        return mix
-
-    outer = nnx.merge(layout.outer, view.outer)
-    x = compute.shard(outer.embed(tokens), "batch", None, None)
-    x, cache = _unrolled(layout, view, x, layout.turns(positions, tokens.shape[1]), mix_in)
-    last = jnp.take_along_axis(x, (prompt_len - 1)[:, None, None], axis=1)[:, 0]
-    return outer.norm(last), cache
-
-
 def decode(
     layout: Layout,
     keeper: Keeper,
@@ -342,18 +317,14 @@ def decode(
     outer = nnx.merge(layout.outer, view.outer)
     x = compute.shard(outer.embed(tokens), "batch", None)
     positions = jnp.repeat(prompt_len, group, total_repeat_length=tokens.shape[0]) + cache_len
-    x, cache = _unrolled(layout, view, x, layout.turns(positions, columns(prompt_cache[0]) + columns(cache[0])), mix_in)
+    x, cache = unrolled(layout, view, x, layout.turns(positions, columns(prompt_cache[0]) + columns(cache[0])), mix_in)
     return outer.norm(x), cache
 
 
-def to_cache(compute: Compute, x: jax.Array) -> jax.Array:
-    """[Q, P, K, d] -> [Q, K, P, d], rows over data and fsdp, heads over tensor."""
-    return compute.shard(jnp.swapaxes(x, 1, 2), "batch", "kv_heads", None, None)
-
-
-def _unrolled(
+def unrolled(
     layout: Layout, view: View, x: jax.Array, turns: Turns, mix_in: Callable[[int], Mix]
 ) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Through all layers: what comes out, and what the mix of each carried."""
     cache = []
     for index, (layer, weights) in enumerate(zip(layout.layers, view.layers, strict=True)):
         block = nnx.merge(layout.fused[layer][0], weights)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from grpo_jax.models.decode_attention import KeyValue
 from grpo_jax.models.model import Cache, Model, PromptCache, View
+from grpo_jax.models.prefill import CHUNK
 from grpo_jax.rollout.sampling import History, Sampling, address_keys, sample, uniforms
 from grpo_jax.rollout.shapes import Shape
 
@@ -104,7 +105,7 @@ def row_key_data(address: jax.Array, round_: jax.Array) -> jax.Array:
 def prefill(model: Model, view: View, tokens: jax.Array, length: jax.Array) -> Context:
     """Prompts [R, P] of ``length`` [R] -> their cache without the last token, which the rows feed themselves."""
     count, width = tokens.shape
-    part = _part(count, row_shards(model), PREFILL_TOKENS // width)
+    part = _part(count, row_shards(model), PREFILL_TOKENS // min(width, CHUNK))
 
     def some(arrays: tuple[jax.Array, jax.Array]) -> PromptCache:
         return model.prefill(view, *arrays)[1]
