@@ -44,7 +44,7 @@ def test_every_name_of_trl_has_one_row():
         assert sorted(named) == wanted
 
 
-@pytest.mark.parametrize(("section", "cells"), rows())
+@pytest.mark.parametrize(("section", "cells"), list(rows()))
 def test_a_row_names_fields_of_ours_or_says_why_not(section, cells):
     assert len(cells) == 3, cells
     ours, how = CODE.findall(cells[1]), cells[2]
