@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,16 +24,20 @@ MOST_BYTES = 4
 
 
 class CompileLog:
-    """Counts XLA compiles while it is open, with the name of each compiled function."""
+    """Counts XLA compiles while it is open, with the name of each compiled function.
+
+    Those of the thread that opened it, which waits for them; not those of threads that compile ahead beside it.
+    """
 
     def __init__(self) -> None:
         """Start empty; `with` opens it."""
         self.names: list[str] = []
         self.seconds = 0.0
-        self._told = 0
+        self._told, self._thread = 0, 0
 
     def __enter__(self) -> Self:
         """Listen."""
+        self._thread = threading.get_ident()
         jax.monitoring.register_event_duration_secs_listener(self._hear)
         return self
 
@@ -51,6 +56,8 @@ class CompileLog:
         return {"compile_count": self.count, "compiled": new}
 
     def _hear(self, event: str, duration_secs: float, **facts: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         if event.startswith("/jax/core/compile/"):
             self.seconds += duration_secs  # tracing, lowering and the backend
         if event == "/jax/core/compile/backend_compile_duration":

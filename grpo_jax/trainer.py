@@ -249,6 +249,8 @@ class _Run:
                 batch = self.collector.next(self.weights(), step)
                 self.view = None  # what decodes is a second copy of the model: none while training
                 batch, figures = self.learning.train(batch)
+                if step == start:
+                    self.engine.wait()  # from here on nothing compiles
                 ended = self.after(step + 1, batch, figures, time.perf_counter() - begun)
         return self.finish()
 

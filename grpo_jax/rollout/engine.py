@@ -15,7 +15,9 @@ from grpo_jax.rollout.slots import row_shards
 from grpo_jax.types import Params, Prompt, Rollout
 
 PROGRAMS: dict[tuple[Model, Sampling, Ladder, int], Programs] = {}
-"""Kept as long as the process lives, as jit keeps its own: engines of one model share what is compiled."""
+"""Of the kinds of calls that came last: engines of one model share what is compiled."""
+MOST_KINDS = 16
+"""Kinds of calls whose programs are kept: each program holds memory, and some of the maps that Linux allows."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ContinuousEngine:
         slots: most rows alive at once; None is no limit. More wait in a queue.
         refill: True starts with a queue even where all rows fit; None only where they do not.
         decode: token ids to text, for stop strings.
-        ahead: compile every shape of a kind of call before its first row decodes, so that nothing compiles later.
+        ahead: with the first call of a kind begin to compile all that its like may run, beside it; `wait` ends that.
     """
 
     model: Model
@@ -115,11 +117,19 @@ class ContinuousEngine:
 
     def _compiled(self, rules: Sampling, shapes: Ladder, width: int, view: View) -> Programs:
         key = (self.model, rules, shapes, width)
-        if key not in PROGRAMS:
-            PROGRAMS[key] = Programs(*key, view)
+        programs = PROGRAMS.pop(key) if key in PROGRAMS else Programs(*key, view)
+        PROGRAMS[key] = programs  # the newest last
+        while len(PROGRAMS) > MOST_KINDS:
+            del PROGRAMS[next(iter(PROGRAMS))]
         if self.ahead:
-            PROGRAMS[key].prepare()
-        return PROGRAMS[key]
+            programs.prepare()
+        return programs
+
+    def wait(self) -> None:
+        """Until everything is compiled that kinds of calls made so far may run; raises what failed."""
+        for (model, *_), programs in list(PROGRAMS.items()):
+            if self.ahead and model == self.model:
+                programs.wait()
 
     def shapes(self, prompts: int, num_samples: int, max_new_tokens: int) -> Ladder:
         """The shapes that such a call may decode in."""

@@ -1,8 +1,9 @@
-"""The compiled programs of an engine, all listed from its shapes, and compiled side by side before they are needed."""
+"""The compiled programs of an engine, all listed from its shapes, and compiled before they are needed."""
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,9 @@ from grpo_jax.rollout.slots import Context, Rows, Seating, Slots
 
 Key = tuple[Any, ...]
 Struct = jax.ShapeDtypeStruct
+
+MOST_WORKERS = 4
+"""Threads that compile: beside them the first rollout decodes."""
 
 
 class Programs:
@@ -40,35 +44,76 @@ class Programs:
         """
         self._view = jax.tree.map(lambda x: Struct(x.shape, x.dtype, sharding=x.sharding), view)
         self._model, self._rules, self._ladder, self._width = model, rules, shapes, width
-        self._compiled: dict[Key, Any] = {}
-        first = shapes.first
+        self._made: dict[Key, Future[Any]] = {}
+        self._lock, self._workers = threading.Lock(), list[threading.Thread]()
+        self.keys = tuple(self._listed())
+
+    def _listed(self) -> list[Key]:
+        first = self._ladder.first
         keys: list[Key] = [("prefill",), ("open", first)]
-        if first.rows // first.group != shapes.pool:
+        if first.rows // first.group != self._ladder.pool:
             keys.append(("seat", first))
-        keys += [("segment", shape) for shape in shapes.shapes]
-        for move in shapes.moves:
-            keys += [("rows", *move)] + [("layer", *move, kind) for kind in self._layer_kinds]
-        self.keys = tuple(keys)
+        for shape in sorted(self._ladder.shapes, key=lambda shape: (shape.length, -shape.rows)):
+            for move in self._ladder.moves:
+                if move[1] == shape:
+                    keys += [("rows", *move)] + [("layer", *move, kind) for kind in self._layer_kinds]
+            keys.append(("segment", shape))
+        return keys
 
     def prepare(self) -> None:
-        """Compile what is not compiled yet, several at a time."""
-        missing = [key for key in self.keys if key not in self._compiled]
-        if missing:
-            lowered = [self._lower(key) for key in missing]
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
-                self._compiled.update(zip(missing, workers.map(lambda x: x.compile(), lowered), strict=True))
+        """Begin to compile everything, in the order in which a call needs it, while whoever asked for it goes on.
+
+        Several processes compile at once and in one order: what XLA tries out it may share between them.
+        """
+        if jax.process_count() > 1:
+            self.wait()
+        elif not self._workers:
+            self("prefill")  # by whoever asked, so that its log of compiles shows that this kind of call is new
+            names = [f"compile-{i}" for i in range(min(MOST_WORKERS, os.cpu_count() or 1))]
+            self._workers = [threading.Thread(target=self._work, name=name) for name in names]
+            for worker in self._workers:
+                worker.start()
+
+    def wait(self) -> None:
+        """Compile what nobody else compiles, and wait for the others; raises what failed."""
+        for key in self.keys:
+            self(*key)
 
     def __call__(self, *key: Any) -> Any:
-        """The program of a key, compiled now if it is not yet.
+        """The program of a key, compiled now if nobody has begun to.
 
         Raises:
             ValueError: one that is not listed (contract 8).
         """
-        if key not in self._compiled:
-            if key not in self.keys:
-                raise ValueError(f"rollout: {key} is none of the shapes that were listed before the run; report this")
-            self._compiled[key] = self._lower(key).compile()
-        return self._compiled[key]
+        if key not in self._made and key not in self.keys:
+            raise ValueError(f"rollout: {key} is none of the shapes that were listed before the run; report this")
+        future, mine = self._claim(key)
+        if mine:
+            self._make(key, future)
+        return future.result()
+
+    def _work(self) -> None:
+        """Compile what nobody has begun to, until the main thread has ended: then Python waits for this one."""
+        for key in self.keys:
+            future, mine = self._claim(key)
+            if mine and not threading.main_thread().is_alive():
+                return
+            if mine:
+                self._make(key, future)
+
+    def _claim(self, key: Key) -> tuple[Future[Any], bool]:
+        """What will hold a program, and whether it is the caller who has to make it."""
+        with self._lock:
+            mine = key not in self._made
+            return self._made.setdefault(key, Future()), mine
+
+    def _make(self, key: Key, future: Future[Any]) -> None:
+        """Whoever waits is told of an error; who asks later tries anew, as after Ctrl-C."""
+        try:
+            future.set_result(self._lower(key).compile())
+        except BaseException as error:
+            del self._made[key]
+            future.set_exception(error)
 
     @property
     def _layer_kinds(self) -> list[tuple[int, int]]:

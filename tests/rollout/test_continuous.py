@@ -132,6 +132,7 @@ def test_contract_8_a_hundred_calls_with_other_lengths_compile_nothing(tiny, slo
         engine.generate(params, asked, num_samples=4, sampling=sampling, seed=step, step=step, limits=limits)
 
     call(0)
+    engine.wait()
     with CompileLog() as compiles:
         for step in range(1, 101):
             call(step)
