@@ -198,7 +198,8 @@ class Keeper:
     def empty(self, rows: int, kv_heads: int, length: int, head_dim: int) -> Blocks:
         """Zeros, rows over data and fsdp, key heads over tensor."""
         shapes = [(rows, kv_heads, width, head_dim) for width in self.widths(length)]
-        return tuple(self._pin(self._encode(jnp.zeros(shape, self.compute.dtype))) for shape in shapes)
+        blocks = [jax.eval_shape(self._encode, jax.ShapeDtypeStruct(shape, self.compute.dtype)) for shape in shapes]
+        return tuple(self._pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), block)) for block in blocks)
 
     def keep(self, x: jax.Array) -> Blocks:
         """Keys or values [R, K, C, d] -> what is kept of them."""
