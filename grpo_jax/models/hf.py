@@ -238,7 +238,7 @@ def _read(
 def _fresh(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of zeros in pages of its own, which XLA on a CPU takes as they are, without a copy.
 
-    NumPy asks for huge pages, and waiting for them took most of the time of a load (docs/MODELS.md).
+    NumPy asks for huge pages, which a virtual machine may first have to get back from its host (docs/MODELS.md).
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
