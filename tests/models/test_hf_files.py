@@ -65,6 +65,15 @@ def test_tensors_are_the_same_in_pieces_of_any_size(dtype, tmp_path, monkeypatch
     _same_bits({k: v.astype(jnp.dtype(dtype)) for k, v in by_hf_name(model, params).items()}, _all_tensors(source))
 
 
+def test_what_is_read_is_the_parameter_without_a_copy(tmp_path, monkeypatch):
+    """On one CPU device, so that a load needs no more memory than the parameters."""
+    buffers, fresh = [], hf._fresh
+    monkeypatch.setattr(hf, "_fresh", lambda *args: buffers.append(fresh(*args)) or buffers[-1])
+    _, params = load_model(_write(tmp_path / "in", "bfloat16"))
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)]
+    assert places == [buffer.ctypes.data for buffer in buffers]
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
     source = _write(tmp_path / "in")
     opened = hf.open_tensors(source)
