@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from grpo_jax.models.attention import MASKED, cap
 from grpo_jax.models.layers import Compute
+from grpo_jax.models.seats import Seats
 
 
 @jax.tree_util.register_dataclass
@@ -242,12 +243,20 @@ class Keeper:
         return jax.tree.map(lambda x: self.compute.shard(x, "batch", "kv_heads", None, None), block)
 
     def attend(
-        self, q: jax.Array, prompt: KeyValue, prompt_seen: Seen, own: KeyValue, own_seen: Seen, softcap: float | None
+        self,
+        q: jax.Array,
+        seats: Seats,
+        prompt: KeyValue,
+        prompt_seen: Seen,
+        own: KeyValue,
+        own_seen: Seen,
+        softcap: float | None,
     ) -> jax.Array:
         """One query a row over its prompt's keys, which its group shares, and its own: one softmax over both.
 
         Args:
-            q: [B, K, g, d], B = Q * G.
+            q: [B, K, g, d].
+            seats: of the B rows on the Q prompts, up to G on each.
             prompt: of Q rows; a group's queries are stacked on it, so that it is read once.
             prompt_seen: [Q, G] or [Q, 1].
             own: of B rows.
@@ -257,17 +266,15 @@ class Keeper:
         Returns:
             [B, K, g, d].
         """
-        (rows, kv_heads, group, head_dim), prompts = q.shape, prompt[0][0].shape[0]
-        samples = rows // prompts
-        stacked = jnp.swapaxes(q.reshape(prompts, samples, *q.shape[1:]), 1, 2).reshape(prompts, kv_heads, -1, head_dim)
+        (_, kv_heads, group, head_dim), prompts = q.shape, prompt[0][0].shape[0]
+        stacked = jnp.swapaxes(seats.stack(q), 1, 2).reshape(prompts, kv_heads, -1, head_dim)
         if prompt_seen.first.shape[1] > 1:
             prompt_seen = Seen(*(jnp.repeat(x, group, axis=1) for x in prompt_seen))
         read = READERS[self.variant]
         far = read(self.compute, stacked, *prompt, prompt_seen, softcap)
 
         def to_rows(x: jax.Array) -> jax.Array:  # [Q, K, G * g, ...] -> [B, K, g, ...]
-            cut = x.reshape(prompts, kv_heads, samples, group, *x.shape[3:])
-            return jnp.swapaxes(cut, 1, 2).reshape(rows, kv_heads, group, *x.shape[3:])
+            return seats.unstack(jnp.swapaxes(x.reshape(prompts, kv_heads, -1, group, *x.shape[3:]), 1, 2))
 
         near = read(self.compute, q, *own, own_seen, softcap)
         both = join_parts(Part(*map(to_rows, far)), near)
@@ -284,10 +291,10 @@ def columns(kept: KeyValue) -> int:
     return sum(block.shape[2] for block in kept[0])
 
 
-def seen_columns(prompt_len: jax.Array, cache_len: jax.Array, window: int | None) -> tuple[Seen, Seen]:
+def seen_columns(seats: Seats, prompt_len: jax.Array, cache_len: jax.Array, window: int | None) -> tuple[Seen, Seen]:
     """What the token at column ``cache_len`` [B] sees: of its prompt, ``prompt_len`` [Q], and of its row."""
     stop, own_stop = prompt_len[:, None], cache_len[:, None] + 1
     if window is None:
         return Seen(jnp.zeros_like(stop), stop), Seen(jnp.zeros_like(own_stop), own_stop)
-    last = stop + cache_len.reshape(prompt_len.shape[0], -1)  # [Q, G]
+    last = stop + seats.stack(cache_len)  # [Q, G]
     return Seen(last + 1 - window, jnp.broadcast_to(stop, last.shape)), Seen(own_stop - window, own_stop)

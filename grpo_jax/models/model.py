@@ -19,6 +19,7 @@ from grpo_jax.models import prefill, transformer
 from grpo_jax.models.decode_attention import READERS, Keeper, KeyValue
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.lora import cut, join, merge
+from grpo_jax.models.seats import Seats
 from grpo_jax.models.spec import LoraSpec, ModelSpec
 from grpo_jax.models.transformer import Layout, Routed, View
 from grpo_jax.types import Params
@@ -275,8 +276,9 @@ class Model:
         cache: Cache,
         cache_len: jax.Array,
         tokens: jax.Array,
+        seats: Seats | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """One new token in each row: row ``q * G + g`` goes on from prompt q.
+        """One new token in each row.
 
         Args:
             view: from ``decode_view``.
@@ -285,17 +287,20 @@ class Model:
             cache: from ``init_cache`` or the step before; donate it.
             cache_len: [B] int32, tokens the row has in ``cache``; the new one goes to that column, and at C or more
                 nowhere (a row that is done may go on being called).
-            tokens: [B] int32, B = Q * G.
+            tokens: [B] int32.
+            seats: which row goes on from which prompt; None: row ``q * G + g`` from prompt q, B = Q * G.
 
         Returns:
             hidden [B, D] of the new tokens, after the final norm, and the cache.
         """
-        if tokens.shape[0] % prompt_len.shape[0]:
+        if seats is None and tokens.shape[0] % prompt_len.shape[0]:
             raise ValueError(
                 f"got {tokens.shape[0]} rows for {prompt_len.shape[0]} prompts; every prompt has the same number of "
                 "rows; pad the rows to a multiple of the prompts"
             )
-        return transformer.decode(self.layout, self.keeper, view, prompt_cache, prompt_len, cache, cache_len, tokens)
+        seats = seats or Seats(prompt_len.shape[0])
+        rows = (prompt_cache, prompt_len, cache, cache_len, tokens, seats)
+        return transformer.decode(self.layout, self.keeper, view, *rows)
 
     def head(self, view: View, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] float32, scaled and capped."""

@@ -30,6 +30,7 @@ from grpo_jax.models.lora import merge
 from grpo_jax.models.moe import MoE, Routing, expert_load
 from grpo_jax.models.rotary import Rotation, rotation
 from grpo_jax.models.rotary_spec import RotarySpec
+from grpo_jax.models.seats import Seats
 from grpo_jax.models.spec import LayerSpec, ModelSpec, Run
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -297,11 +298,11 @@ def decode(
     cache: tuple[KeyValue, ...],
     cache_len: jax.Array,
     tokens: jax.Array,
+    seats: Seats,
 ) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """One token a row: [B] -> its hidden state [B, D], and the cache with its keys and values at ``cache_len``."""
     compute = layout.compute
-    group = tokens.shape[0] // prompt_len.shape[0]
-    seen = {layer.window: seen_columns(prompt_len, cache_len, layer.window) for layer in layout.layers}
+    seen = {layer.window: seen_columns(seats, prompt_len, cache_len, layer.window) for layer in layout.layers}
 
     def mix_in(index: int) -> Mix:
         layer = layout.layers[index]
@@ -310,13 +311,13 @@ def decode(
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
             keys, values = cache[index]
             own = keeper.write(keys, k, cache_len), keeper.write(values, v, cache_len)
-            return keeper.attend(q, prompt_cache[index], prompt_seen, own, own_seen, layer.softcap), own
+            return keeper.attend(q, seats, prompt_cache[index], prompt_seen, own, own_seen, layer.softcap), own
 
         return mix
 
     outer = nnx.merge(layout.outer, view.outer)
     x = compute.shard(outer.embed(tokens), "batch", None)
-    positions = jnp.repeat(prompt_len, group, total_repeat_length=tokens.shape[0]) + cache_len
+    positions = seats.spread(prompt_len, tokens.shape[0]) + cache_len
     x, cache = unrolled(layout, view, x, layout.turns(positions, columns(prompt_cache[0]) + columns(cache[0])), mix_in)
     return outer.norm(x), cache
 

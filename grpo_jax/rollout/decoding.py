@@ -1,8 +1,8 @@
 """One call of the engine, from the first prompt to the last token: the host's side of it."""
 
-from collections import Counter
+import bisect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,10 +10,11 @@ import numpy as np
 
 from grpo_jax.mesh import fetch
 from grpo_jax.models.model import View
+from grpo_jax.models.seats import Seats
 from grpo_jax.rollout.programs import Programs
 from grpo_jax.rollout.requests import Requests, Sampled
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.rollout.shapes import Ladder, Shape, arrange, blocks_needed
+from grpo_jax.rollout.shapes import Arranged, Ladder, Shape, arrange
 from grpo_jax.rollout.slots import Context, Seating, Slots, row_key_data
 from grpo_jax.rollout.stops import StopStrings
 from grpo_jax.types import Rollout
@@ -110,8 +111,10 @@ class Decoding:
         self._shape = shapes.first
         self._slots: Slots | None = None
         self._context: Context | None = None
-        self._seats = np.full(self._shape.rows, -1)  # the row in each slot; -1 where there is none or it is done
-        self._blocks = np.full(self._shape.rows // self._shape.group, -1)  # the prompt of each block of slots
+        seated = self._arrange(np.zeros(0, int), self._shape)
+        assert seated is not None
+        self._seated = seated
+        self._seats = seated.row  # the row in each slot; -1 where there is none or it is done
 
     def __iter__(self) -> Iterator[Group]:
         """Groups in the order in which they are done."""
@@ -153,37 +156,30 @@ class Decoding:
         return self._seats[self._seats >= 0]
 
     def _fits(self, shape: Shape) -> bool:
-        return blocks_needed(self._counted(self._live), shape.group) * shape.group <= shape.rows
+        return self._arrange(self._live, shape) is not None
+
+    def _arrange(self, rows: np.ndarray, shape: Shape) -> Arranged | None:
+        return arrange(np.sort(rows), self._asked.samples, shape, self._ladder.shards)
 
     @property
     def _queued(self) -> int:
         return len(self._asked.limit) - self._waiting
 
-    def _counted(self, rows: np.ndarray) -> list[int]:
-        """How many there are of each prompt."""
-        return np.unique(rows // self._asked.samples, return_counts=True)[1].tolist()
-
     def _admissible(self) -> np.ndarray:
         """Rows of the queue that get a slot now: in order, of the prompts that are prefilled, enough to be worth it."""
-        live, slots, samples = self._live, self._ladder.slots, self._asked.samples
-        if not self._queued or len(live) > slots - self._ladder.worth:
+        live, slots, worth = self._live, self._ladder.slots, self._ladder.worth
+        if not self._queued or len(live) > slots - worth:
             return live[:0]
-        group = self._ladder.first.group
-        counts = dict(Counter((live // samples).tolist()))
-        blocks, end = blocks_needed(list(counts.values()), group), self._waiting
         last = min(len(self._asked.limit), self._pool_rows())
-        while end < last:
-            prompt = end // samples
-            if counts.get(prompt, 0) % group == 0:
-                if (blocks + 1) * group > slots:
-                    break
-                blocks += 1
-            counts[prompt] = counts.get(prompt, 0) + 1
-            end += 1
-        if end < last and end - self._waiting < self._ladder.worth and len(live):
+        queue = np.arange(self._waiting, min(last, self._waiting + slots - len(live)))
+
+        def too_many(count: int) -> bool:
+            return self._arrange(np.concatenate([live, queue[:count]]), self._ladder.first) is None
+
+        new = queue[: bisect.bisect_left(range(1, len(queue) + 1), True, key=too_many)]
+        if self._waiting + len(new) < last and len(new) < worth and len(live):
             return live[:0]
-        new = np.arange(self._waiting, end)
-        self._waiting = end
+        self._waiting += len(new)
         return new
 
     def _pool_rows(self) -> int:
@@ -203,10 +199,13 @@ class Decoding:
         """To ``shape``: rows stay where they are when only the cache grows, and close up when not."""
         before = np.full(len(self._asked.limit), -1)
         before[self._live] = np.flatnonzero(self._seats >= 0)
-        seats, blocks = self._seats, self._blocks
         stay = shape.grows(self._shape)
         if not stay:
-            seats, blocks = arrange(np.sort(rows), self._asked.samples, shape)
+            seated = self._arrange(rows, shape)
+            assert seated is not None
+        else:
+            seated = replace(self._seated, row=self._seats)
+        seats = seated.row
         row, prompt = np.maximum(seats, 0), np.maximum(seats, 0) // self._asked.samples
         source = np.arange(shape.rows) if stay else np.maximum(before[row], 0)
         seating = Seating(
@@ -215,10 +214,10 @@ class Decoding:
             token=self._asked.last[prompt],
             limit=self._asked.limit[row],
             keys=self._keys[row],
-            prompt=self._sources(blocks),
+            prompt=self._sources(seated.prompt),
         )
         self._settle(shape, seating, stay)
-        self._shape, self._seats, self._blocks = shape, seats.copy(), blocks
+        self._shape, self._seats, self._seated = shape, seats.copy(), seated
         self.counts.moves += 1
         self.counts.shapes += (shape,)
         if not self._queued:
@@ -226,8 +225,8 @@ class Decoding:
 
     def _sources(self, blocks: np.ndarray) -> np.ndarray:
         """Where the prompt of each block stands: in a block of now, or counted on from these in the pool."""
-        held = {int(prompt): block for block, prompt in enumerate(self._blocks) if prompt >= 0}
-        first = self._pool_start - (0 if self._context is None else len(self._blocks))
+        held = {prompt: block for block, prompt in enumerate(self._seated.prompt.tolist()) if prompt >= 0}
+        first = self._pool_start - (0 if self._context is None else len(self._seated.prompt))
         return np.asarray([held.get(p, p - first) if p >= 0 else i for i, p in enumerate(blocks.tolist())], np.int32)
 
     def _settle(self, shape: Shape, seating: Seating, stay: bool) -> None:
@@ -236,8 +235,7 @@ class Decoding:
         if slots is None or context is None:
             assert pool is not None
             self._slots = self._programs("open", shape)(seating)
-            same = len(seating.prompt) == self._ladder.pool
-            self._context = pool if same else self._programs("seat", shape)(pool, seating.prompt)
+            self._context = pool if self._ladder.whole else self._programs("seat", shape)(pool, seating.prompt)
             return
         contexts = [] if stay else [context] if pool is None else [context, pool]
         which = (self._shape, shape, len(contexts))
@@ -263,7 +261,10 @@ class Decoding:
         scalars = np.float32(self._sampling.temperature), np.int32(steps), np.int32(self._few())
         slots, self._slots = self._slots, None
         program = self._programs("segment", self._shape)
-        self._slots, status = program(self._view, self._context, slots, self._seats >= 0, *scalars)
+        seats = Seats(self._shape.blocks, self._ladder.shards)
+        if not self._shape.even:
+            seats = replace(seats, at=self._seated.at, block=self._seated.block, place=self._seated.place)
+        self._slots, status = program(self._view, self._context, slots, self._seats >= 0, seats, *scalars)
         return status
 
     def _few(self) -> int:
@@ -274,8 +275,7 @@ class Decoding:
         closer = self._ladder.closer(self._shape)
         if closer is None:
             return 0
-        empty = len(self._counted(self._live)) * (closer.group - 1) // 2  # in blocks that are not full
-        return max(0, min(closer.rows - empty, count - max(1, closer.rows // 16)))
+        return max(0, min(closer.rows, count - max(1, closer.rows // 16)))
 
     def _read(self, status: jax.Array) -> list[int]:
         """Take in what a segment did; the prompts whose last row is done now."""

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax.mesh import spec_for
 from grpo_jax.models.model import Model, View
+from grpo_jax.models.seats import Seats
 from grpo_jax.rollout import slots as at
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.rollout.shapes import Ladder, Shape
@@ -51,7 +52,7 @@ class Programs:
     def _listed(self) -> list[Key]:
         first = self._ladder.first
         keys: list[Key] = [("prefill",), ("open", first)]
-        if first.rows // first.group != self._ladder.pool:
+        if not self._ladder.whole:
             keys.append(("seat", first))
         for shape in sorted(self._ladder.shapes, key=lambda shape: (shape.length, -shape.rows)):
             for move in self._ladder.moves:
@@ -138,14 +139,16 @@ class Programs:
         return at.open_slots.lower(self._model, shape, self._rules, self._seating(shape))
 
     def _lower_seat(self, shape: Shape) -> Any:
-        index = self._plain(shape.rows // shape.group)
+        index = self._plain(shape.blocks)
         return at.seat_context.lower(self._model, self._context(self._ladder.pool), index)
 
     def _lower_segment(self, shape: Shape) -> Any:
-        context, slots = self._context(shape.rows // shape.group), self._slots(shape)
+        context, slots = self._context(shape.blocks), self._slots(shape)
         live, number = self._plain(shape.rows, dtype=bool), self._plain()
         temperature = self._plain(dtype=jnp.float32)
-        return at.segment.lower(self._model, self._rules, self._view, context, slots, live, temperature, number, number)
+        scalars = temperature, number, number
+        seats = self._seats(shape)
+        return at.segment.lower(self._model, self._rules, self._view, context, slots, live, seats, *scalars)
 
     def _lower_rows(self, source: Shape, target: Shape, contexts: int) -> Any:
         small = [(each.length, each.tokens) for each in self._contexts(source, contexts)]
@@ -159,7 +162,7 @@ class Programs:
         return at.move_layer.lower(self._model, target.length, own, prompts, self._seating(target))
 
     def _contexts(self, shape: Shape, count: int) -> list[Context]:
-        return [self._context(size) for size in (shape.rows // shape.group, self._ladder.pool)[:count]]
+        return [self._context(size) for size in (shape.blocks, self._ladder.pool)[:count]]
 
     def _plain(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An array of the host's, the same on every device."""
@@ -192,6 +195,12 @@ class Programs:
         )
         return Slots(rows, self._cache(shape.rows, shape.length))
 
+    def _seats(self, shape: Shape) -> Seats:
+        if shape.even:
+            return Seats(shape.blocks, self._ladder.shards)
+        places, number = self._plain(shape.blocks, shape.group), self._plain(shape.rows)
+        return Seats(shape.blocks, self._ladder.shards, places, number, number)
+
     def _seating(self, shape: Shape) -> Seating:
         number = self._plain(shape.rows)
         return Seating(
@@ -200,5 +209,5 @@ class Programs:
             token=number,
             limit=number,
             keys=self._plain(shape.rows, 2, dtype=jnp.uint32),
-            prompt=self._plain(shape.rows // shape.group),
+            prompt=self._plain(shape.blocks),
         )

@@ -1,7 +1,6 @@
 """The shapes that decode, listed before the first row is: how many rows, how they share prompts, how long they get."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,16 +24,23 @@ class Shape:
     Attributes:
         rows: B, the slots.
         length: C, columns of a row's own cache: it can run while it has fewer tokens.
-        group: g, rows that stand together and share a prompt's cache; B is a multiple.
+        blocks: R, copies of prompts' caches that the rows stand on.
+        group: M, rows that stand on one at most.
     """
 
     rows: int
     length: int
+    blocks: int
     group: int
+
+    @property
+    def even(self) -> bool:
+        """Whether there is a slot for every place on every block, so that the one follows from the other."""
+        return self.rows == self.blocks * self.group
 
     def grows(self, other: "Shape") -> bool:
         """Whether this is ``other`` with a longer cache, so that every row may stay where it is."""
-        return (self.rows, self.group) == (other.rows, other.group) and self.length > other.length
+        return replace(self, length=other.length) == other and self.length > other.length
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ class Ladder:
         samples: G.
         pool: prompts prefilled together.
         refill: whether rows wait in a queue for slots; else all start together (cohort).
+        shards: devices over which rows and blocks are cut.
     """
 
     shapes: tuple[Shape, ...]
     samples: int
     pool: int
     refill: bool
+    shards: int = 1
 
     @property
     def slots(self) -> int:
@@ -61,7 +69,12 @@ class Ladder:
     @property
     def worth(self) -> int:
         """Free slots for which it is worth taking rows in from the queue."""
-        return max(self.first.group, self.slots // 8, 1)
+        return max(1, self.slots // 8)
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows start on the prompts as they are prefilled."""
+        return self.first.even and self.first.blocks == self.pool
 
     @property
     def lengths(self) -> list[int]:
@@ -104,18 +117,13 @@ class Ladder:
         return out
 
 
-def blocks_needed(counts: Sequence[int], group: int) -> int:
-    """Blocks of ``group`` rows for so many rows of each prompt, a block holding rows of one prompt."""
-    return sum(-(-count // group) for count in counts)
-
-
 def ladder(
     prompts: int, samples: int, limit: int, slots: int | None, shards: int, refill: bool | None = None
 ) -> Ladder:
     """The shapes for ``prompts`` times ``samples`` rows of up to ``limit`` tokens.
 
-    While all rows of a prompt run they stand on one copy of its cache. Afterwards blocks shrink with the rows, so that
-    few slots stand empty in blocks that are not full.
+    Each prompt's cache is read once for up to M rows, and kept once where they are not spread over more. Rows lie
+    close together whatever prompts they go on from.
 
     Args:
         prompts: Q.
@@ -130,20 +138,21 @@ def ladder(
         refill = not fits
     if refill:
         wanted = min(slots or prompts * samples, prompts * samples)
-        group = _power_of_two(samples / 8)
-        top = _multiple(wanted, group * shards, down=wanted >= group * shards)
+        top = _multiple(wanted, shards, down=wanted >= shards)
         pool = _multiple(min(prompts, max(1, top // samples)), shards)
+        group = min(top, _power_of_two(samples / 2))
+        blocks = _multiple(min(top, math.ceil(2 * top / group)), shards)
     elif fits:
-        group, pool = samples, _multiple(prompts, shards)
-        top = pool * samples
+        group, blocks = samples, _multiple(prompts, shards)
+        pool, top = blocks, blocks * samples
     else:
         raise ValueError(f"rollout.slots: got {slots} for {prompts * samples} rows that start together. Use refill.")
     lengths = [limit] if refill else cache_lengths(limit)
     most = MOST_SHAPES - SHORT_SHAPES * (len(lengths) - 1)
     count = min(max(limit // STEPS_A_SHAPE, FEWEST_SHAPES), most)
-    shapes = _falling(count, Shape(top, limit, group), samples, shards)
+    shapes = _falling(count, Shape(top, limit, blocks, group), samples, shards)
     shapes += [replace(shape, length=length) for length in lengths[:-1] for shape in shapes[:SHORT_SHAPES]]
-    return Ladder(tuple(sorted(shapes)), samples, pool, refill)
+    return Ladder(tuple(sorted(shapes)), samples, pool, refill, shards)
 
 
 def cache_lengths(limit: int) -> list[int]:
@@ -159,31 +168,63 @@ def _falling(count: int, first: Shape, samples: int, shards: int) -> list[Shape]
     shapes = [first]
     for place in range(1, count):
         share = (1 - place / count) ** 2
-        group = min(first.group, _power_of_two(samples * share / 4))
-        rows = _multiple(math.ceil(first.rows * share), group * shards)
+        rows = _multiple(math.ceil(first.rows * share), shards)
+        # Twice as many places as a prompt has rows on the average, and blocks for the prompts that have more.
+        group = min(samples, 2 * _power_of_two(1.5 * samples * share))
+        blocks = _multiple(min(rows, first.blocks + (rows // (2 * group) if group < samples else 0)), shards)
         if shapes[-1].rows - rows >= LEAST_STEP:
-            shapes.append(Shape(rows, first.length, group))
+            shapes.append(Shape(rows, first.length, blocks, group))
     return shapes
 
 
-def arrange(rows: np.ndarray, samples: int, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Rows ``q * G + g`` -> who sits where: [B] rows, -1 in empty slots, and [B / g] the prompt of each block, or -1.
+@dataclass(frozen=True)
+class Arranged:
+    """Who sits where in a shape; host arrays. Numbers of slots and blocks count within a shard.
 
-    Raises:
-        ValueError: they do not fit.
+    Attributes:
+        row: [B] the row in each slot, -1 where there is none.
+        prompt: [R] the prompt of each block, or -1.
+        block: [B] int32, the block of each slot; any where there is no row.
+        place: [B] int32, its place on the block.
+        at: [R, M] int32, the slot of each place; any where there is no row.
     """
-    seats = np.full((shape.rows // shape.group, shape.group), -1)
-    prompts = np.full(len(seats), -1)
-    block = 0
-    for prompt in dict.fromkeys((rows // samples).tolist()):
-        mine = rows[rows // samples == prompt]
-        for start in range(0, len(mine), shape.group):
-            if block == len(seats):
-                raise ValueError(f"got {len(rows)} rows, which do not fit into {shape}")
-            some = mine[start : start + shape.group]
-            seats[block, : len(some)], prompts[block] = some, prompt
-            block += 1
-    return seats.reshape(-1), prompts
+
+    row: np.ndarray
+    prompt: np.ndarray
+    block: np.ndarray
+    place: np.ndarray
+    at: np.ndarray
+
+
+def arrange(rows: np.ndarray, samples: int, shape: Shape, shards: int) -> Arranged | None:
+    """Seats for rows ``q * G + g``, in their order; None when they do not fit."""
+    size, blocks = shape.rows // shards, shape.blocks // shards
+    row, prompt = np.full((shards, size), -1), np.full((shards, blocks), -1)
+    block, place = np.zeros((shards, size), np.int32), np.zeros((shards, size), np.int32)
+    at = np.zeros((shards, blocks, shape.group), np.int32)
+    shard = slot = number = 0
+    for first, count in _runs(rows // samples):
+        last = first + count
+        while first < last:
+            if slot >= size or number >= blocks:
+                shard, slot, number = shard + 1, 0, 0
+            if shard == shards:
+                return None
+            some = min(last - first, shape.group, size - slot)
+            seats = np.arange(slot, slot + some)
+            row[shard, seats], prompt[shard, number] = rows[first : first + some], rows[first] // samples
+            block[shard, seats], place[shard, seats] = number, np.arange(some)
+            at[shard, number, :some] = seats
+            first, number = first + some, number + 1
+            slot = number * shape.group if shape.even else slot + some
+    flat = (x.reshape(-1) for x in (row, prompt, block, place))
+    return Arranged(*flat, at.reshape(-1, shape.group))
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int]]:
+    """Where each run of equal values starts, and its length."""
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    return list(zip(starts.tolist(), np.diff(starts, append=len(values)).tolist(), strict=True))
 
 
 def _power_of_two(most: float) -> int:

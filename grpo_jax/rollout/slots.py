@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from grpo_jax.models.decode_attention import KeyValue
 from grpo_jax.models.model import Cache, Model, PromptCache, View
 from grpo_jax.models.prefill import CHUNK
+from grpo_jax.models.seats import Seats
 from grpo_jax.rollout.sampling import History, Sampling, address_keys, sample, uniforms
 from grpo_jax.rollout.shapes import Shape
 
@@ -60,7 +61,7 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """The prompts that rows go on from, all but each one's last token; one for each block of B / R rows.
+    """The prompts that rows go on from, all but each one's last token; one for each block of rows.
 
     Attributes:
         cache: k and v, each [R, K, P, d] a layer.
@@ -137,6 +138,7 @@ def segment(
     context: Context,
     slots: Slots,
     live: jax.Array,
+    seats: Seats,
     temperature: jax.Array,
     steps: jax.Array,
     few: jax.Array,
@@ -150,6 +152,7 @@ def segment(
         context: of the rows' prompts.
         slots: donated.
         live: [B] bool, rows that go on; each has fewer tokens than its limit and the cache's length.
+        seats: which of them goes on from which prompt.
         temperature: scalar.
         steps: scalar int32.
         few: scalar int32.
@@ -158,15 +161,14 @@ def segment(
         The slots, and what the host reads: int32 [4, B] of length, live, stopped and steps done.
     """
     stop_ids = jnp.asarray(rules.stop_ids, jnp.int32)
-    group = slots.rows.length.shape[0] // context.length.shape[0]
     keys = jax.random.wrap_key_data(slots.rows.keys, impl="threefry2x32")
 
     def body(carry: tuple[Slots, jax.Array, jax.Array]) -> tuple[Slots, jax.Array, jax.Array]:
         slots, live, done = carry
         rows = slots.rows
         column = jnp.where(live, rows.length, 0)  # what a row that is done has kept is read no more
-        hidden, cache = model.decode(view, context.cache, context.length, slots.cache, column, rows.token)
-        u, history = uniforms(keys, rows.length), _history(rules, context, rows, group)
+        hidden, cache = model.decode(view, context.cache, context.length, slots.cache, column, rows.token, seats)
+        u, history = uniforms(keys, rows.length), _history(rules, context, rows, seats)
         drawn = sample(model.head(view, hidden), u, rules, temperature, history)
         rows, live = _record(rows, live, drawn, stop_ids)
         return Slots(rows, cache), live, done + 1
@@ -181,11 +183,11 @@ def segment(
     return Slots(_pin(model, rows), _pin_cache(model, slots.cache)), model.compute.shard(status, None, None)
 
 
-def _history(rules: Sampling, context: Context, rows: Rows, group: int) -> History | None:
+def _history(rules: Sampling, context: Context, rows: Rows, seats: Seats) -> History | None:
     if not rules.changed:
         return None
-    repeat = partial(jnp.repeat, repeats=group, axis=0, total_repeat_length=rows.length.shape[0])
-    return History(rows.length, rows.tokens, repeat(context.tokens), repeat(context.length) + 1)
+    tokens, length = (seats.spread(x, rows.length.shape[0]) for x in (context.tokens, context.length))
+    return History(rows.length, rows.tokens, tokens, length + 1)
 
 
 def _record(

@@ -10,6 +10,7 @@ import pytest
 from grpo_jax.mesh import single_device_mesh
 from grpo_jax.models.decode_attention import KV_DTYPES, READERS, Int8, Keeper, seen_columns
 from grpo_jax.models.layers import Compute
+from grpo_jax.models.seats import Seats
 
 CASES = {
     "plain": {},
@@ -69,9 +70,10 @@ def _oracle(q, prompt, prompt_len, own, cache_len, window=None, softcap=None):
 @partial(jax.jit, static_argnums=(0, 6, 7))
 def _attend(keeper, q, prompt, prompt_len, own, cache_len, window=None, softcap=None):
     q, prompt, own = jax.tree.map(lambda x: jnp.asarray(x, keeper.compute.dtype), (q, prompt, own))
-    seen = seen_columns(prompt_len, cache_len, window)
+    seats = Seats(len(prompt_len))
+    seen = seen_columns(seats, prompt_len, cache_len, window)
     kept, mine = (tuple(keeper.keep(x) for x in pair) for pair in (prompt, own))
-    return keeper.attend(q, kept, seen[0], mine, seen[1], softcap)
+    return keeper.attend(q, seats, kept, seen[0], mine, seen[1], softcap)
 
 
 @pytest.mark.parametrize("variant", READERS)

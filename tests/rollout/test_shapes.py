@@ -1,11 +1,13 @@
 """The list of shapes: short, complete, and wide enough for whatever rows stop when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.rollout.shapes import MOST_SHAPES, Ladder, arrange, blocks_needed, cache_lengths, ladder
+from grpo_jax.rollout.shapes import MOST_SHAPES, Ladder, Shape, arrange, cache_lengths, ladder
 
 CALLS = st.tuples(
     st.integers(1, 70),  # prompts
@@ -17,10 +19,6 @@ CALLS = st.tuples(
 )
 
 
-def counts_of(rows: np.ndarray, samples: int) -> list[int]:
-    return np.unique(rows // samples, return_counts=True)[1].tolist()
-
-
 @settings(max_examples=200, deadline=None)
 @given(CALLS, st.integers(0, 2**32 - 1))
 def test_every_rollout_finds_its_way_through_the_shapes(call, seed):
@@ -28,31 +26,43 @@ def test_every_rollout_finds_its_way_through_the_shapes(call, seed):
     shapes = ladder(prompts, samples, limit, slots, shards, refill)
     assert 1 <= len(shapes.shapes) <= MOST_SHAPES and len(shapes.moves) <= 3 * len(shapes.shapes)
     for shape in shapes.shapes:
-        assert shape.rows % shape.group == 0 and (shape.rows // shape.group) % shards == 0
+        assert shape.rows % shards == shape.blocks % shards == 0 and shape.rows <= shape.blocks * shape.group
         assert shape.rows <= shapes.slots and shape.length <= limit
     if not shapes.refill:
-        assert shapes.first.rows == shapes.pool * samples >= prompts * samples
+        assert shapes.first.rows == shapes.pool * samples >= prompts * samples and shapes.whole
     listed = {(source, target) for source, target, _ in shapes.moves}
     # From the first shape, with all rows that can stand in it, to the last token: only listed moves, and all fit.
     rng = np.random.default_rng(seed)
     shape, rows = shapes.first, np.arange(min(prompts * samples, shapes.first.rows))
-    while blocks_needed(counts_of(rows, samples), shape.group) * shape.group > shape.rows:
+    while arrange(rows, samples, shape, shards) is None:
+        assert shapes.refill
         rows = rows[:-1]  # the others wait in the queue
-    length = 0
+    length, seated = 0, arrange(rows, samples, shape, shards)
     while len(rows):
-        seats, blocks = arrange(rows, samples, shape)
-        assert sorted(seats[seats >= 0]) == sorted(rows) and len(blocks) * shape.group == shape.rows
-        held = seats.reshape(-1, shape.group)
-        assert all((row[row >= 0] // samples == block).all() for row, block in zip(held, blocks, strict=True))
+        check(seated, rows, samples, shape, shards)
         length = min(limit, length + int(rng.integers(1, 60)))
         rows = rows[rng.random(len(rows)) < 0.8] if length < limit else rows[:0]
+        seated = replace(seated, row=np.where(np.isin(seated.row, rows), seated.row, -1))
         while len(rows):
             target = shapes.grown(shape) if length >= shape.length else shapes.closer(shape)
-            if target is None or blocks_needed(counts_of(rows, samples), target.group) * target.group > target.rows:
+            there = None if target is None or target.grows(shape) else arrange(rows, samples, target, shards)
+            if target is None or (there is None and not target.grows(shape)):
                 assert length < shape.length
                 break
             assert (shape, target) in listed
-            shape = target
+            shape, seated = target, there or seated
+
+
+def check(seated, rows, samples, shape, shards):
+    """Each row has a slot and a place on a block of its prompt, in one shard, and the place names the slot."""
+    assert sorted(seated.row[seated.row >= 0]) == sorted(rows)
+    size, blocks = shape.rows // shards, shape.blocks // shards
+    for slot in np.flatnonzero(seated.row >= 0):
+        block = slot // size * blocks + seated.block[slot]
+        assert seated.prompt[block] == seated.row[slot] // samples
+        assert seated.at[block, seated.place[slot]] == slot % size
+        if shape.even:
+            assert slot == block * shape.group + seated.place[slot]
 
 
 def test_lengths_end_at_the_limit():
@@ -67,7 +77,7 @@ def occupancy(shapes: Ladder, lengths: np.ndarray) -> float:
         if step == shape.length:
             shape = shapes.grown(shape)
         while (target := shapes.closer(shape)) is not None:
-            if blocks_needed(counts_of(rows, samples), target.group) * target.group > target.rows:
+            if arrange(rows, samples, target, 1) is None:
                 break
             shape = target
         used += shape.rows
@@ -90,7 +100,12 @@ def test_rows_that_must_start_together_need_slots():
         ladder(5, 4, 16, 8, 1, refill=False)
 
 
-def test_arrange_refuses_what_does_not_fit():
-    shape = ladder(4, 4, 16, None, 1).shapes[0]
-    with pytest.raises(ValueError, match="do not fit"):
-        arrange(np.arange(shape.rows + 1), 4, shape)
+def test_a_prompt_with_more_rows_than_a_block_has_places_stands_on_two():
+    shape = Shape(6, 9, 3, 3)
+    seated = arrange(np.array([0, 1, 2, 3, 5]), 4, shape, 1)
+    assert seated.row.tolist() == [0, 1, 2, 3, 5, -1] and seated.prompt.tolist() == [0, 0, 1]
+    assert arrange(np.array([0, 1, 2, 3, 5, 9]), 4, shape, 1) is None  # a fourth block
+    assert arrange(np.arange(7), 8, Shape(6, 9, 6, 3), 1) is None  # a seventh slot
+    halves = arrange(np.array([0, 1, 2, 5]), 4, Shape(4, 9, 4, 2), 2)
+    assert halves.row.tolist() == [0, 1, 2, 5] and halves.prompt.tolist() == [0, -1, 0, 1]
+    assert halves.block.tolist() == [0, 0, 0, 1] and halves.place.tolist() == [0, 1, 0, 0]
