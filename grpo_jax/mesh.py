@@ -58,6 +58,21 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
+def recut(mesh: Mesh, tensor: int, expert: int) -> Mesh:
+    """The devices of ``mesh`` in its order, so that one program may hold arrays of both; all others along ``data``.
+
+    Raises:
+        ValueError: the sizes do not divide the number of devices.
+    """
+    if mesh.size % (tensor * expert):
+        raise ValueError(
+            f"got tensor={tensor} with expert={expert} for {mesh.size} device(s); the product must divide their "
+            "number; use a smaller size"
+        )
+    sizes = mesh.size // (tensor * expert), 1, tensor, expert
+    return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
 def spec_for(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES
 ) -> PartitionSpec:

@@ -11,6 +11,7 @@ import numpy as np
 from grpo_jax.batching import Layout
 from grpo_jax.config import TrainConfig
 from grpo_jax.models import Model
+from grpo_jax.rollout.setup import decoder, token_bytes
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "transformers", "numpy")
 
@@ -66,18 +67,20 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
     narrow = np.dtype(model.dtype).itemsize / np.dtype(model.param_dtype).itemsize
     rows = config.rollout.prompts_per_step * config.rollout.num_samples
     shards = model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
-    spec = model.spec
-    token = sum(2 * layer.kv_heads * layer.head_dim for layer in spec.layers) * np.dtype(model.dtype).itemsize
+    decodes = decoder(config.rollout, model)
+    data, fsdp = (decodes.compute.mesh.shape[axis] for axis in ("data", "fsdp"))
+    view = sum(_shard_bytes(x) for x in jax.tree.leaves(decodes.base.abstract_params)) * narrow * fsdp
     slots = min(rows, config.rollout.slots or rows)
-    cache = (slots * config.rollout.max_new_tokens + config.rollout.prompts_per_step * prompt_len) * token
+    tokens = slots * config.rollout.max_new_tokens + config.rollout.prompts_per_step * prompt_len
+    cache = tokens * token_bytes(decodes)
     return {
         "parameters": parameters,
         "optimizer": 2 * trained,
         "gradient": int(trained * wide),
         "reference": parameters if config.loss.kl_coef and model.lora is None else 0,
         "critic": 3 * parameters if config.algorithm.has_critic and not config.critic.shared_trunk else 0,
-        "decode view": int(parameters * narrow * model.compute.mesh.shape["fsdp"]),
-        "KV cache": min(cache, (config.rollout.kv_memory_mb or cache) * 2**20) // shards,
+        "decode view": int(view),
+        "KV cache": min(cache, (config.rollout.kv_memory_mb or cache) * 2**20) // (data * fsdp),
         "batch": layout.row_counts[-1] * layout.row_len * 4 * 8 // shards,
     }
 

@@ -167,6 +167,18 @@ def test_bfloat16_corrects_for_the_sampler_unless_told_otherwise():
     assert TrainConfig.from_tables(config.model_dump()) == config
 
 
+def test_keys_and_values_that_are_rounded_are_corrected_for_like_bfloat16():
+    def correction(kv_dtype, **loss):
+        return TrainConfig.from_tables({"rollout": {"kv_dtype": kv_dtype}, "algorithm": {"loss": loss}}).loss.correction
+
+    assert correction("int8") == correction("bfloat16", clip_high=0.3) == "tis" and correction("auto") is None
+    assert correction("int8", correction=None) is None and correction("int8", correction="icepop") == "icepop"
+    with pytest.raises(ValueError, match="rollout.kv_dtype: got 'int4', which is none of its values"):
+        TrainConfig.from_tables({"rollout": {"kv_dtype": "int4"}})
+    with pytest.raises(ValueError, match="rollout.attention: got 'flash', which is none of its values"):
+        TrainConfig.from_tables({"rollout": {"attention": "flash"}})
+
+
 @pytest.mark.parametrize("preset", ["ppo", "reinforce", "reinforce_baseline", "reinforce_pp", "remax"])
 def test_one_sample_a_prompt_is_enough_where_samples_are_not_compared(preset):
     assert TrainConfig.from_tables({"algorithm": {"preset": preset}, "rollout": {"num_samples": 1}}).steps

@@ -133,8 +133,17 @@ class RolloutConfig(Section):
     """Completions that decode at once, others wait in a queue; none: a step's all, or what kv_memory_mb holds."""
     kv_memory_mb: PositiveInt | None = None
     """MiB for keys and values on all devices together, which bound the slots; none: no bound."""
+    layout: str = "train"
+    """How the devices share sampling. train: as training, weights whole over fsdp. replicated: each has all weights and
+    rows of its own. tensor=K: K devices share the weights and heads of the same rows."""
     schedule: Literal["auto", "cohort", "refill"] = "auto"
     """cohort: a step's completions start together. refill: freed slots are given on. auto: cohort where all fit."""
+    kv_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
+    """Type in which decoding keeps keys and values; auto: model.dtype. Any other rounds what the sampler reads and the
+    learner does not, so that algorithm.loss.correction is "tis" unless it is given."""
+    attention: Literal["auto", "dense", "ragged", "pallas"] = "auto"
+    """How decoding reads keys and values. dense: all columns of the cache. ragged: those blocks of columns that some
+    completion has come to. pallas: a kernel for GPUs, not yet run on one. auto: ragged on the CPU, dense elsewhere."""
 
 
 class RewardConfig(Section):
@@ -266,11 +275,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _correct_for_bfloat16(cls, values: Any) -> Any:
-        """In bfloat16 sampler and learner differ by rounding: truncated importance sampling, unless said otherwise."""
+    def _correct_for_rounding(cls, values: Any) -> Any:
+        """Sampler and learner that round otherwise differ: truncated importance sampling, unless said otherwise."""
         tables = values if isinstance(values, dict) else {}
-        model, algorithm = (tables.get(name, {}) for name in ("model", "algorithm"))
-        if not isinstance(model, dict) or not isinstance(algorithm, dict) or model.get("dtype") != "bfloat16":
+        model, rollout, algorithm = (tables.get(name, {}) for name in ("model", "rollout", "algorithm"))
+        if not all(isinstance(table, dict) for table in (model, rollout, algorithm)):
+            return values
+        if model.get("dtype") != "bfloat16" and rollout.get("kv_dtype", "auto") == "auto":
             return values
         loss = algorithm.get("loss", {})
         if not isinstance(loss, dict) or "correction" in loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from grpo_jax.config.learning import CriticConfig
@@ -39,6 +40,11 @@ def _shape(config: TrainConfig) -> list[Refusal]:
             f"got {optim.minibatches}, which does not divide rollout.prompts_per_step = {rollout.prompts_per_step}; "
             "every update must take the same share. "
             f"Choose {_nearest_that_divide(optim.minibatches, rollout.prompts_per_step)}.",
+        ),
+        (
+            "rollout.layout",
+            re.fullmatch(r"train|replicated|tensor=[1-9][0-9]*", rollout.layout) is None,
+            f"got {rollout.layout!r}, which is none of its values; use train, replicated, or such as tensor=2.",
         ),
         (
             "batch.row_len",

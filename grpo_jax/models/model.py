@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.mesh import single_device_mesh, spec_for
 from grpo_jax.models import prefill, transformer
-from grpo_jax.models.decode_attention import READERS, Keeper, KeyValue
+from grpo_jax.models.decode_attention import KV_DTYPES, READERS, Keeper, KeyValue
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.lora import cut, join, merge
 from grpo_jax.models.seats import Seats
@@ -59,6 +59,8 @@ class Model:
             attention's output and projection, "full" keeps the layer's input alone.
         lora: adapters, float32, on a base that is not trained; None trains all parameters.
         attention: how decoding reads keys and values, "auto" or a variant of ``decode_attention.READERS``.
+        kv_dtype: what decoding keeps keys and values in: "auto" is ``dtype``, or "bfloat16", or "int8" with one scale
+            for each token of each head.
     """
 
     spec: ModelSpec
@@ -69,6 +71,7 @@ class Model:
     remat: str = "none"
     lora: LoraSpec | None = None
     attention: str = "auto"
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Fills the defaults in and checks the names."""
@@ -81,6 +84,7 @@ class Model:
         _legal("precision", self.precision, PRECISIONS)
         _legal("remat", self.remat, tuple(transformer.REMAT))
         _legal("attention", self.attention, ("auto", *READERS))
+        _legal("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.lora is not None and self.spec.experts and set(self.lora.targets) - {"q", "k", "v", "out"}:
             raise ValueError(
                 f"model.lora.targets: got {list(self.lora.targets)} for a model with experts; they have no adapters; "
@@ -98,7 +102,7 @@ class Model:
     @cached_property
     def keeper(self) -> Keeper:
         """How decoding keeps keys and values, and reads them."""
-        return Keeper(self.compute, self.attention)
+        return Keeper(self.compute, self.attention, self.kv_dtype)
 
     @cached_property
     def layout(self) -> Layout:
@@ -249,9 +253,12 @@ class Model:
     def decode_view(self, params: Params) -> View:
         """Parameters for decoding, made once per update: one cast to ``dtype``, gathered over ``fsdp``, one entry a
         layer, q, k and v as one weight and gate and up as one. A second copy of the model; free it before training.
-        Jitted.
+        The parameters may lie on another mesh of the same devices in the same order. Jitted.
         """  # noqa: D205
-        return _decode_view(self, params)
+        first = jax.tree.leaves(params)[0]
+        known = isinstance(first, jax.Array) and not isinstance(first, jax.core.Tracer)
+        recut = known and isinstance(first.sharding, NamedSharding) and first.sharding.mesh != self.compute.mesh
+        return _decode_view(self, params, recut)
 
     def prefill(self, view: View, tokens: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, PromptCache]:
         """Prompts [Q, P] int32 of lengths [Q], at least 1 -> hidden [Q, D] at each one's last token, and its cache."""
@@ -259,7 +266,7 @@ class Model:
         return hidden, tuple((self.keeper.keep(keys), self.keeper.keep(values)) for keys, values in cache)
 
     def init_cache(self, rows: int, length: int) -> Cache:
-        """Zeros [B, K, C, d] twice a layer in ``dtype``, rows over data and fsdp, key heads over tensor."""
+        """Zeros [B, K, C, d] twice a layer in ``kv_dtype``, rows over data and fsdp, key heads over tensor."""
         shapes = [(rows, layer.kv_heads, length, layer.head_dim) for layer in self.spec.layers]
         return tuple((self.keeper.empty(*shape), self.keeper.empty(*shape)) for shape in shapes)
 
@@ -321,9 +328,9 @@ def _logits(model: Model, params: Params, tokens: jax.Array) -> jax.Array:
     return model._unembed(model.unembedding(params), hidden)
 
 
-@partial(jax.jit, static_argnums=0)
-def _decode_view(model: Model, params: Params) -> View:
-    return transformer.decode_view(model.layout, params)
+@partial(jax.jit, static_argnums=(0, 2))
+def _decode_view(model: Model, params: Params, recut: bool) -> View:
+    return transformer.decode_view(model.layout, params, recut)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -280,13 +280,23 @@ def use(layout: Layout, params: Any, weights: Any, cast: bool = True) -> Any:
     return jax.tree.map(one, weights, params)
 
 
-def decode_view(layout: Layout, params: dict[str, Any]) -> View:
-    """Parameters for decoding: cast, gathered over ``fsdp``, fused, and one entry a layer."""
+def decode_view(layout: Layout, params: dict[str, Any], recut: bool) -> View:
+    """Parameters for decoding: cast, gathered over ``fsdp``, fused, and one entry a layer.
+
+    ``recut``: they come from another mesh, and are gathered whole on the way, one after the other.
+    """
+    compute = layout.compute
+
+    def lay(params: Any, weights: Any) -> Any:
+        if recut:
+            params = jax.tree.map(lambda x: compute.shard(x.astype(compute.dtype), *[None] * x.ndim), params)
+        return use(layout, params, weights)
+
     layers = []
     for layer, (name, index) in zip(layout.layers, layer_places(layout.runs), strict=True):
         one = jax.tree.map(lambda x, i=index: x[i], params["layers"][name])
-        layers.append(use(layout, fuse(merge(one, layer.lora, stacked=False)), layout.fused[layer][1]))
-    return View(use(layout, params["outer"], layout.weights["outer"]), tuple(layers))
+        layers.append(lay(fuse(merge(one, layer.lora, stacked=False)), layout.fused[layer][1]))
+    return View(lay(params["outer"], layout.weights["outer"]), tuple(layers))
 
 
 def decode(

@@ -1,11 +1,13 @@
 """A run's ``rollout`` table -> what samples, and how."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
+import jax
 
 from grpo_jax.config import RolloutConfig
+from grpo_jax.mesh import recut
 from grpo_jax.models.model import Model
 from grpo_jax.rollout.engine import ContinuousEngine
 from grpo_jax.rollout.sampling import Sampling
@@ -40,13 +42,15 @@ def engine_from(config: RolloutConfig, model: Model, prompt_len: int, tokenizer:
 
     Args:
         config: its table.
-        model: what samples.
+        model: what samples; the table says how it keeps and reads keys and values.
         prompt_len: tokens to which prompts are padded.
         tokenizer: reads completions where there are stop strings.
 
     Raises:
-        ValueError: a memory that holds no completion, or slots too few for the schedule.
+        ValueError: a memory that holds no completion, slots too few for the schedule, or a layout that does not
+            divide the devices.
     """
+    model = decoder(config, model)
     rows = config.prompts_per_step * config.num_samples
     slots = min(config.slots or rows, rows)
     if config.kv_memory_mb is not None:
@@ -67,7 +71,27 @@ def engine_from(config: RolloutConfig, model: Model, prompt_len: int, tokenizer:
     return ContinuousEngine(model, prompt_len, slots, refill, tokenizer.decode, ahead=True)
 
 
+def decoder(config: RolloutConfig, model: Model) -> Model:
+    """``model`` as it decodes: how it keeps and reads keys and values, and the same devices cut by ``layout``.
+
+    Raises:
+        ValueError: a layout that does not divide the devices, or a kernel that is not for them.
+    """
+    platform = model.compute.mesh.devices.flat[0].platform
+    if config.attention == "pallas" and platform != "gpu":
+        raise ValueError(f"rollout.attention: got pallas on a {platform}, and the kernel is for GPUs. Use auto.")
+    model = replace(model, attention=config.attention, kv_dtype=config.kv_dtype)
+    if config.layout == "train":
+        return model
+    whole, mesh = config.layout == "replicated", model.compute.mesh
+    tensor, expert = (1, 1) if whole else (int(config.layout.removeprefix("tensor=")), mesh.shape["expert"])
+    try:
+        return replace(model, mesh=recut(mesh, tensor, expert))
+    except ValueError as error:
+        raise ValueError(f"rollout.layout: {error}") from error
+
+
 def token_bytes(model: Model) -> int:
     """Bytes of one token's keys and values in all layers."""
-    numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in model.spec.layers)
-    return numbers * np.dtype(model.dtype).itemsize
+    column = jax.eval_shape(lambda: model.init_cache(1, 1))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(column))

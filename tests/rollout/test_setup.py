@@ -1,8 +1,11 @@
 """The rollout table of a config: what samples, in how many slots."""
 
+from typing import get_args
+
 import pytest
 
 from grpo_jax.config import RolloutConfig
+from grpo_jax.models.decode_attention import KV_DTYPES, READERS
 from grpo_jax.rollout import engine_from, sampling_from
 from grpo_jax.rollout.setup import token_bytes
 from grpo_jax.testing import tiny_model, tiny_tokenizer
@@ -30,6 +33,7 @@ def test_slots_follow_rows_table_and_memory(model):
     ("fields", "message"),
     [
         ({"schedule": "cohort", "slots": 8}, "rollout.schedule: got cohort with 8 slots for 32 completions"),
+        ({"attention": "pallas"}, "rollout.attention: got pallas on a cpu"),
         ({"kv_memory_mb": 1, "max_new_tokens": 10**6}, "rollout.kv_memory_mb: got 1"),
     ],
 )
@@ -44,6 +48,20 @@ def test_the_schedule_is_the_tables(model):
     table = RolloutConfig(prompts_per_step=4, num_samples=8)
     assert not engine_from(table, model, 16, tiny_tokenizer()).shapes(4, 8, 64).refill
     assert engine_from(table, model, 16, tiny_tokenizer()).shapes(5, 8, 64).refill
+
+
+def test_how_keys_and_values_are_kept_and_read_is_the_tables(model):
+    """Every legal value is the model's too; int8 keeps one scale a token and head beside its numbers."""
+    fields = RolloutConfig.model_fields
+    assert set(get_args(fields["attention"].annotation)) == {"auto", *READERS}
+    assert get_args(fields["kv_dtype"].annotation) == KV_DTYPES
+    table = RolloutConfig(prompts_per_step=4, num_samples=8, attention="dense", kv_dtype="int8", max_new_tokens=99)
+    made = engine_from(table, model, 16, tiny_tokenizer()).model
+    assert (made.attention, made.kv_dtype) == ("dense", "int8") and made.keeper.variant == "dense"
+    layers = model.spec.layers
+    assert token_bytes(made) == sum(2 * layer.kv_heads * (layer.head_dim + 4) for layer in layers)
+    more, fewer = (slots(model, kv_memory_mb=1, max_new_tokens=999, kv_dtype=kept) for kept in ("int8", "auto"))
+    assert more > 1.5 * fewer > 0
 
 
 def test_every_sampling_field_arrives():
