@@ -1,6 +1,7 @@
 """What a run records about itself: metrics by step, completions, compiles, seconds by phase, curves."""
 
 import json
+import os
 import resource
 import threading
 import time
@@ -21,6 +22,13 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes a part of a character to."""
 MOST_BYTES = 4
 """Bytes of the longest character in UTF-8."""
+
+
+def keep_compiled(directory: str | None) -> None:
+    """Keep compiled programs in a directory, so that another process need not compile them; None keeps none."""
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class CompileLog:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from grpo_jax import rundir
@@ -36,6 +35,7 @@ from grpo_jax.metrics import (
     Phases,
     TokenTexts,
     completion_rows,
+    keep_compiled,
     peak_memory,
     read_json_lines,
     reward_metrics,
@@ -363,9 +363,7 @@ def _configure_jax(config: TrainConfig) -> None:
     if config.mesh.distributed:
         initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
     require_devices(config.mesh.platform)
-    if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    keep_compiled(config.compilation_cache)
 
 
 def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:

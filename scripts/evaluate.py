@@ -15,10 +15,11 @@ import numpy as np
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import held_out_prompts, load_tokenizer, resolve_model, stop_ids
 from grpo_jax.evaluation import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k
+from grpo_jax.metrics import keep_compiled
 from grpo_jax.models import load_model
 from grpo_jax.rewards import RewardPool
 from grpo_jax.rewards.answers import marked_answer, normalise
-from grpo_jax.rollout import engine_from, sampling_from
+from grpo_jax.rollout import USUAL_ROOM, engine_from, room_for, sampling_from
 from grpo_jax.scoring import Scorer
 
 
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, help="the first so many")
     parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--as-messages", action="store_true", help="a prompt that is a string is a user's message")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, help="default: 256, or what the model has positions for")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--correct-above", type=float, default=0.5)
@@ -44,11 +45,20 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
 
 
 def config_of(asked: argparse.Namespace) -> TrainConfig:
-    rollout = {"max_new_tokens": asked.max_new_tokens, "temperature": asked.temperature, "top_p": asked.top_p}
+    if asked.samples < 0:
+        raise ValueError(f"--samples: got {asked.samples}. Use 0 to judge greedily only, or more.")
+    rollout = {
+        "max_new_tokens": USUAL_ROOM if asked.max_new_tokens is None else asked.max_new_tokens,
+        "temperature": asked.temperature,
+        "top_p": asked.top_p,
+    }
     return TrainConfig.from_tables(
         {
             "seed": asked.seed,
@@ -68,11 +78,14 @@ def figures(asked: argparse.Namespace) -> list[tuple[str, float, float, float]]:
     tokenizer = load_tokenizer(source)
     stops = stop_ids(source, tokenizer)
     held_out = held_out_prompts(config, tokenizer)["eval"]
-    longest = held_out.longest + config.rollout.max_new_tokens
-    model, params = load_model(source, config.model.dtype, param_dtype=config.model.param_dtype, longest=longest)
-    engine = replace(engine_from(config.rollout, model, held_out.longest, tokenizer), ahead=False)
-    sampling, rows = sampling_from(config.rollout, stops), []
     with RewardPool([asked.reward], config.reward.timeout_seconds, config.reward.memory_limit_mb) as pool:
+        pool.check_columns(held_out.columns)
+        longest = held_out.longest + config.rollout.max_new_tokens
+        model, params = load_model(source, config.model.dtype, param_dtype=config.model.param_dtype, longest=longest)
+        asked.max_new_tokens = room_for(model, held_out.longest, asked.max_new_tokens)
+        config = config_of(asked)
+        engine = replace(engine_from(config.rollout, model, held_out.longest, tokenizer), ahead=False)
+        sampling, rows = sampling_from(config.rollout, stops), []
         scorer = Scorer(pool, tokenizer, stops, config)
         for k, options in ((1, replace(sampling, temperature=0.0, top_p=None)), (asked.samples, sampling)):
             if not k:
@@ -107,4 +120,5 @@ def of_samples(right: np.ndarray, texts: list[str]) -> list[tuple[str, np.ndarra
 
 
 if __name__ == "__main__":
+    keep_compiled(TrainConfig().compilation_cache)
     sys.exit(main())

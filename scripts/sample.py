@@ -11,10 +11,12 @@ import sys
 
 import numpy as np
 
+from grpo_jax.config import TrainConfig
 from grpo_jax.data import load_tokenizer, resolve_model, stop_ids
 from grpo_jax.data.chat import PromptFormat, decode
+from grpo_jax.metrics import keep_compiled
 from grpo_jax.models import load_model
-from grpo_jax.rollout import ContinuousEngine, Sampling
+from grpo_jax.rollout import USUAL_ROOM, ContinuousEngine, Sampling, room_for
 from grpo_jax.types import Prompt
 
 
@@ -43,7 +45,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("-n", "--num-samples", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, help="default: 256, or what the model has positions for")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
@@ -72,18 +74,18 @@ def sample(asked: argparse.Namespace) -> None:
     stops = stop_ids(source, tokenizer)
     form = PromptFormat(as_messages=asked.chat, system_prompt=asked.system)
     tokens = form.encode(tokenizer, form.prompt({"prompt": asked.prompt}))
+    longest = len(tokens) + (asked.max_new_tokens or USUAL_ROOM)
+    model, params = load_model(source, asked.dtype, param_dtype=asked.dtype, longest=longest)
     sampling = Sampling(
         temperature=asked.temperature,
         top_k=asked.top_k,
         top_p=asked.top_p,
         min_p=asked.min_p,
         repetition_penalty=asked.repetition_penalty,
-        max_new_tokens=asked.max_new_tokens,
+        max_new_tokens=room_for(model, len(tokens), asked.max_new_tokens),
         stop_ids=tuple(sorted(stops)),
         stop_strings=tuple(asked.stop),
     )
-    longest = len(tokens) + asked.max_new_tokens
-    model, params = load_model(source, asked.dtype, param_dtype=asked.dtype, longest=longest)
     engine = ContinuousEngine(model, decode=tokenizer.decode)
     call = engine.stream(
         params,
@@ -99,4 +101,5 @@ def sample(asked: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    keep_compiled(TrainConfig().compilation_cache)
     sys.exit(main())

@@ -12,6 +12,7 @@ import pytest
 from grpo_jax import generate, load_model
 from grpo_jax.data import load_tokenizer
 from grpo_jax.data.chat import decode
+from grpo_jax.rollout import ContinuousEngine, room_for
 from grpo_jax.testing import tiny_checkpoint
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -60,6 +61,58 @@ def test_sample_writes_what_generate_gives(checkpoint, monkeypatch, capsys, coun
 def test_sample_refuses_in_one_line(checkpoint, monkeypatch, capsys):
     assert run("sample", monkeypatch, checkpoint, "--prompt", "", "--max-new-tokens", 4) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--max-new-tokens", 10_000], "max_new_tokens: got 10000, with prompts of up to 4 tokens more than the 256"),
+        (["--max-new-tokens", 0], "max_new_tokens: got 0"),
+        (["-n", 0], "num_samples: got 0"),
+        (["--chat"], "the tokenizer has no chat template"),
+    ],
+)
+def test_sample_says_what_cannot_be(checkpoint, monkeypatch, capsys, arguments, says):
+    assert run("sample", monkeypatch, checkpoint, "--prompt", "3+4=", *arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_generate_refuses_more_tokens_than_positions(checkpoint):
+    model, params = load_model(checkpoint)
+    assert room_for(model, 6) == 250 and room_for(model, 6, 9) == 9
+    with pytest.raises(ValueError, match="max_new_tokens: got 254, with prompts of up to 3 tokens"):
+        generate(model, params, [[5, 6], [5, 6, 7]], 2, 254)
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "says"),
+    [
+        ({"prompt": "3+4="}, [], "reward 'exact_match': needs a column 'answer'"),
+        ({"question": "3+4=", "answer": "7"}, [], "no column 'prompt'"),
+        ({"prompt": "3+4=", "answer": "7"}, ["--samples", -1], "--samples: got -1"),
+        ({"prompt": "3+4=", "answer": "7"}, ["--max-new-tokens", 0], "rollout.max_new_tokens: got 0"),
+        ({"prompt": "3+4=", "answer": "7"}, ["--max-new-tokens", 253], "max_new_tokens: got 253"),
+    ],
+)
+def test_evaluate_says_what_cannot_be_before_anything_is_sampled(
+    checkpoint, monkeypatch, capsys, tmp_path, row, arguments, says
+):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(ContinuousEngine, "generate", None)
+    assert run("evaluate", monkeypatch, checkpoint, tmp_path / "data.jsonl", *arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_ctrl_c_ends_in_one_line(checkpoint, monkeypatch, capsys, name):
+    module = script(name)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "sample" if name == "sample" else "figures", interrupted)
+    monkeypatch.setattr(sys, "argv", [name, str(checkpoint), *(["--prompt", "3"] if name == "sample" else ["data"])])
+    assert module.main() == 130 and "Traceback" not in capsys.readouterr().err
 
 
 def test_evaluate_prints_every_figure_with_its_interval(checkpoint, monkeypatch, capsys, tmp_path):

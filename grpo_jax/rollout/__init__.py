@@ -10,7 +10,10 @@ from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.rollout.setup import engine_from, sampling_from
 from grpo_jax.types import Params, Prompt, Rollout
 
-__all__ = ["ContinuousEngine", "Engine", "Group", "Sampling", "engine_from", "generate", "sampling_from"]
+__all__ = ["ContinuousEngine", "Engine", "Group", "Sampling", "engine_from", "generate", "room_for", "sampling_from"]
+
+USUAL_ROOM = 256
+"""Tokens of a completion where nobody says how many."""
 
 
 class Engine(Protocol):
@@ -34,6 +37,26 @@ class Engine(Protocol):
     ) -> Iterable[Group]:
         """The same by prompt, each group when it is done, while others decode."""
         ...
+
+
+def room_for(model: Model, prompt_len: int, asked: int | None = None) -> int:
+    """Tokens that completions may have behind prompts of at most ``prompt_len``.
+
+    Args:
+        model: has so many positions.
+        prompt_len: of the longest prompt.
+        asked: how many; None takes what there is room for, up to ``USUAL_ROOM``.
+
+    Raises:
+        ValueError: more than there is room for.
+    """
+    room = model.spec.max_len - prompt_len
+    if room < (1 if asked is None else asked):
+        raise ValueError(
+            f"max_new_tokens: got {asked or 1}, with prompts of up to {prompt_len} tokens more than the "
+            f"{model.spec.max_len} positions the model was made for. Lower it, or shorten the prompts."
+        )
+    return min(room, USUAL_ROOM) if asked is None else asked
 
 
 def generate(
@@ -68,7 +91,8 @@ def generate(
         Rollout of N = Q * G rows; ``sampler_logp`` is that of the tempered distribution before truncation.
 
     Raises:
-        ValueError: an empty or missing prompt, a token outside the vocabulary, an illegal option.
+        ValueError: an empty or missing prompt, a token outside the vocabulary, more tokens than the model has
+            positions, an illegal option.
     """
     ids = range(len(prompts)) if request_ids is None else request_ids
     if len(ids) != len(prompts):
@@ -78,6 +102,7 @@ def generate(
     stops = model.spec.stop_ids if stop_ids is None else stop_ids
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(sorted(set(stops))))
     asked = [Prompt(int(i), tuple(tokens)) for i, tokens in zip(ids, prompts, strict=True)]
+    room_for(model, max((len(tokens) for tokens in prompts), default=0), max_new_tokens)
     return ContinuousEngine(model).generate(
         params, asked, num_samples=num_samples, sampling=sampling, seed=seed, step=0
     )
