@@ -29,9 +29,10 @@ COLLAPSED = 0.1
 """Entropy over that of the first steps: the quickstart ends, most of its task learned, at 0.3 of what it began with."""
 SOLVED = 0.9
 """Share of right completions from which little entropy is the right answer and no collapse."""
-DISAGREEMENT = {"float32": 1e-4, "bfloat16": 0.1}
-"""Mean |log-probability of the learner - of the sampler| a token, in nat, by the type computed in: ten times what
-contract 3 holds float32 to; for bfloat16 what its 8 bits cost a logit of 16 to 32 at most."""
+DISAGREEMENT = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1}
+"""Mean |log-probability of the learner - of the sampler| a token, in nat, by the type computed in, or that keys and
+values are kept in: ten times what contract 3 holds float32 to; for bfloat16 what its 8 bits cost a logit of 16 to 32
+at most, and of int8 measured ten times less, too."""
 BROKEN = 0.5
 """Share of steps with a gradient that is not finite, or exactly 0: one is shrugged off, half of them is no training."""
 
@@ -199,13 +200,14 @@ def entropy(window: Window) -> str | None:
 
 def disagree(window: Window) -> str | None:
     """Sampler and learner give the same tokens different probabilities."""
-    figures, dtype = window.figures("sampler_logp_difference/mean"), window.config.model.dtype
+    figures, kept = window.figures("sampler_logp_difference/mean"), window.config.rollout.kv_dtype
+    field, dtype = ("model.dtype", window.config.model.dtype) if kept == "auto" else ("rollout.kv_dtype", kept)
     worst = max(window.figures("sampler_logp_difference/max"), default=math.nan)
     if not figures or not np.mean(figures) > DISAGREEMENT[dtype]:
         return None
     advice = (
-        'Set algorithm.loss.correction = "tis", or model.dtype = "float32".'
-        if dtype == "bfloat16"
+        f'Set algorithm.loss.correction = "tis", or {field} = "{"float32" if kept == "auto" else "auto"}".'
+        if dtype != "float32"
         else "In float32 that is a bug of the program or the device: please report it; algorithm.loss.correction = "
         '"tis" makes up for it meanwhile.'
     )

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from grpo_jax.mesh import spec_for
 from grpo_jax.models.attention import MASKED, cap
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.seats import Seats
@@ -159,8 +161,33 @@ def _numbers(block: Block, compute: Compute) -> tuple[jax.Array, jax.Array | flo
     return block.astype(compute.dtype), 1.0
 
 
-READERS: Mapping[str, Read] = {"dense": read_dense, "ragged": read_ragged}
-"""Variant -> how it reads."""
+def read_pallas(
+    compute: Compute, q: jax.Array, keys: Blocks, values: Blocks, seen: Seen, softcap: float | None
+) -> Part:
+    """By a kernel for GPUs, the columns split over programs; on other platforms by its interpreter, for tests."""
+    from grpo_jax.models.decode_pallas import read_split  # an experimental part of jax, where it is asked for only
+
+    mesh, ((k,), (v,)) = compute.mesh, (keys, values)
+    seen = Seen(*(jnp.broadcast_to(x, (q.shape[0], q.shape[2])) for x in seen))
+    interpret = mesh.devices.flat[0].platform != "gpu"
+
+    def read(q: jax.Array, k: Block, v: Block, seen: Seen) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scales = (k.scale[..., 0], v.scale[..., 0]) if isinstance(k, Int8) and isinstance(v, Int8) else None
+        keys, values = (x.values if isinstance(x, Int8) else x for x in (k, v))
+        bounds = seen.first, seen.stop
+        return read_split(q, keys, values, scales, *bounds, softcap, compute.precision, interpret)
+
+    if mesh.size == 1:
+        return Part(*read(q, k, v, seen))
+    # A kernel is not cut by the compiler: every device runs it on its rows and heads.
+    heads = spec_for(("batch", "kv_heads", None, None), q.shape, mesh)
+    rows, short = PartitionSpec(heads[0], None), PartitionSpec(*heads[:3])
+    specs, out = (heads, heads, heads, rows), (short, short, heads)
+    return Part(*jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(q, k, v, seen))
+
+
+READERS: Mapping[str, Read] = {"dense": read_dense, "ragged": read_ragged, "pallas": read_pallas}
+"""Variant -> how it reads. "dense" is also what a TPU takes: the rows' caches grow by the engine's shapes."""
 
 KV_DTYPES = ("auto", "bfloat16", "int8")
 

@@ -144,15 +144,18 @@ def test_entropy_that_collapses_is_said_unless_the_task_is_solved():
 
 
 def test_sampler_and_learner_that_disagree_are_said_by_the_type_computed_in():
-    def apart(mean: float, dtype: str) -> list[str]:
+    def apart(mean: float, dtype: str, kept: str = "auto") -> list[str]:
         rows = {"sampler_logp_difference/mean": mean, "sampler_logp_difference/max": 3 * mean}
-        return heard([step(i, **rows) for i in range(4)], model={"dtype": dtype})
+        return heard([step(i, **rows) for i in range(4)], model={"dtype": dtype}, rollout={"kv_dtype": kept})
 
     (warning,) = apart(2e-4, "float32")
     assert "disagree by 0.0002 nat" in warning and "report" in warning
     assert apart(2e-4, "bfloat16") == [] and apart(9e-5, "float32") == []
     (warning,) = apart(0.2, "bfloat16")
     assert 'algorithm.loss.correction = "tis"' in warning and "bug" not in warning
+    assert apart(0.02, "float32", "int8") == []
+    (warning,) = apart(0.2, "float32", "int8")
+    assert "usual in int8" in warning and 'rollout.kv_dtype = "auto"' in warning and "bug" not in warning
 
 
 @pytest.mark.parametrize(("norm", "field"), [(np.nan, "optim.learning_rate"), (0.0, "algorithm.overlong_filter")])
