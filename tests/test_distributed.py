@@ -72,7 +72,7 @@ def start_two(place: Path, output: str) -> list[subprocess.Popen[str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = ["--output_dir", output, "--mesh.distributed", "true", "--mesh.process_count", "2"]
-    shared += ["--mesh.coordinator", f"127.0.0.1:{port}"]
+    shared += ["--mesh.coordinator", f"127.0.0.1:{port}", "--reward.stream", "digits"]
     return [start(place, 4, *shared, "--mesh.process_id", str(i)) for i in range(2)]
 
 
