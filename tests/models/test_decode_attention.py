@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
 
-from grpo_jax.mesh import single_device_mesh
-from grpo_jax.models.decode_attention import KV_DTYPES, READERS, Int8, Keeper, seen_columns
+from grpo_jax.mesh import make_mesh, single_device_mesh
+from grpo_jax.models.decode_attention import KV_DTYPES, READERS, Int8, Keeper, Seen, read_dense, seen_columns
+from grpo_jax.models.decode_pallas import read_split
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.seats import Seats
 
@@ -26,8 +29,8 @@ CASES = {
 PROMPTS, SAMPLES = 3, 2
 
 
-def _keeper(variant, dtype="float32", kept="auto"):
-    compute = Compute(dtype, "highest" if dtype == "float32" else "default", single_device_mesh())
+def _keeper(variant, dtype="float32", kept="auto", mesh=None):
+    compute = Compute(dtype, "highest" if dtype == "float32" else "default", mesh or single_device_mesh())
     return Keeper(compute, variant, kept)
 
 
@@ -85,6 +88,70 @@ def test_every_variant_equals_one_softmax_over_all_columns(variant, case):
     want = _oracle(*inputs, **rules)
     got = _attend(_keeper(variant), *inputs, *rules.values())
     assert np.abs(got - want).max() < 2e-6
+
+
+@pytest.mark.parametrize("kept", ["auto", "int8"])
+@pytest.mark.parametrize("variant", READERS)
+def test_rows_and_heads_over_devices(variant, kept):
+    """Two parts of the rows, four of the heads; nothing of the cache moves between devices."""
+    q, prompt, prompt_len, own, cache_len = _inputs(kv_heads=4, group=2)
+    rows, prompts = [0, 1, 2, 3, 4, 5, 2, 3], [0, 1, 2, 1]
+    inputs = (
+        q[rows],
+        tuple(x[prompts] for x in prompt),
+        prompt_len[prompts],
+        tuple(x[rows] for x in own),
+        cache_len[rows],
+    )
+    mesh = make_mesh(2, 1, 4)
+    keeper = _keeper(variant, kept=kept, mesh=mesh)
+    axes = jax.tree.map(lambda x: P("data", "tensor") if x.ndim == 4 else P("data"), inputs)
+    placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), inputs, axes)
+    compiled = _attend.lower(keeper, *placed, 150).compile()
+    got = compiled(*placed)
+    left = (lambda pair: tuple(map(_int8, pair))) if kept == "int8" else lambda pair: pair
+    want = _oracle(inputs[0], left(inputs[1]), inputs[2], left(inputs[3]), inputs[4], 150)
+    assert np.abs(got - want).max() < 2e-6
+    text = compiled.as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_kernel_takes_many_queries_and_columns_and_queries_that_see_nothing(scaled):
+    """More queries than a program takes, more columns than fill one, in both of its forms."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 1, n, 24), np.float32) for n in (70, 700, 700))
+    first = np.repeat(rng.integers(0, 700, (2, 35)), 2, axis=1).astype(np.int32)
+    stop = np.minimum(first + rng.integers(0, 300, first.shape), 700).astype(np.int32)
+    stop[:, 3] = first[:, 3]
+    scales = tuple(rng.uniform(0.5, 2, (2, 1, 700)).astype(np.float32) for _ in range(2)) if scaled else None
+    top, total, mixed = read_split(q, k, v, scales, first, stop, None, "highest", True)
+    kept = [x if scales is None else x * scale[..., None] for x, scale in zip((k, v), scales or (1, 1), strict=True)]
+    want = read_dense(_keeper("dense").compute, q, (kept[0],), (kept[1],), Seen(first, stop), None)
+    sees = np.broadcast_to((stop > first)[:, None], top.shape)
+    assert (np.asarray(total)[~sees] == 0).all() and (np.asarray(mixed)[~sees] == 0).all() and (~sees).any()
+    np.testing.assert_allclose(top[sees], want.top[sees], atol=2e-5)
+    got, wanted = mixed / total[..., None], want.mixed / want.total[..., None]
+    assert np.abs(np.asarray(got - wanted)[sees]).max() < 2e-5
+    np.testing.assert_allclose(total[sees], want.total[sees], rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_kernel_is_one_that_triton_takes(dtype):
+    """Lowered for CUDA, which needs no GPU: what only the interpreter knows would fail here."""
+    of = jax.ShapeDtypeStruct
+    compute = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
+    kept, scale = of((4, 2, 2000, 96), jnp.dtype(dtype)), of((4, 2, 2000), jnp.float32)
+    bound, scales = of((4, 7), jnp.int32), (scale, scale) if dtype == "int8" else None
+    call = partial(read_split, softcap=30.0, precision="highest" if dtype == "float32" else "default", interpret=False)
+    abstract = AbstractMesh((1,), ("x",))
+    if jax.__version_info__ >= (0, 11):  # which asks what GPU it is for
+        device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
+        abstract = AbstractMesh((1,), ("x",), abstract_device=device)
+    with use_abstract_mesh(abstract):
+        traced = jax.jit(call).trace(of((4, 2, 7, 96), compute), kept, kept, scales, bound, bound)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__gpu$xla.gpu.triton" in text
 
 
 @pytest.mark.parametrize("variant", READERS)
