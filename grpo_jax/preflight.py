@@ -15,6 +15,9 @@ from grpo_jax.rollout.setup import decoder, token_bytes
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "transformers", "numpy")
 
+CACHE_SHARE = 0.9
+"""Of a device's memory, that is planned with: what a step of decoding computes in takes the rest."""
+
 
 def versions() -> dict[str, str]:
     """Package versions, Python and the kind of device."""
@@ -85,6 +88,19 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
     }
 
 
+def room_for_cache(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> int | None:
+    """Bytes that keys and values may have on each device, beside all else that is there during a rollout.
+
+    None where the device does not say how much memory it has.
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return None
+    beside = ("parameters", "optimizer", "reference", "critic", "decode view")
+    parts = memory(model, config, layout, prompt_len)
+    return max(0, int(limit * CACHE_SHARE) - sum(parts[name] for name in beside))
+
+
 def report(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> str:
     """`memory`, and the shapes that will be compiled, for the terminal.
 
@@ -92,6 +108,9 @@ def report(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
         ValueError: it does not fit in the memory the device says it has.
     """
     parts = memory(model, config, layout, prompt_len)
+    room = room_for_cache(model, config, layout, prompt_len)
+    if room is not None:  # completions for which there is none wait in a queue
+        parts["KV cache"] = min(parts["KV cache"], room)
     total = sum(parts.values())
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     line = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)

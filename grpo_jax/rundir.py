@@ -17,7 +17,7 @@ from typing import Any
 from grpo_jax.config import LogConfig, TrainConfig
 
 CONFIG, SUMMARY, METRICS, COMPLETIONS = "config.toml", "summary.json", "metrics.jsonl", "completions.jsonl"
-CHECKPOINTS, ENVIRONMENT = "checkpoints", "environment.json"
+CHECKPOINTS, ENVIRONMENT, DECIDED = "checkpoints", "environment.json", "decided.json"
 MAY_DIFFER = frozenset(
     {"output_dir", "compilation_cache", "mesh.coordinator", "mesh.process_id", "mesh.platform"}
     | {f"log.{name}" for name in LogConfig.model_fields}
@@ -107,6 +107,15 @@ def no_space(error: BaseException | None) -> str | None:
             return f"no disk space{where} ({os.strerror(number or 0)}); make room and start the same command again"
         error = error.__cause__ or error.__context__
     return None
+
+
+def decided(directory: Path, found: Mapping[str, int]) -> dict[str, int]:
+    """What an earlier part of the run decided from its machine, or else ``found``, which is written down."""
+    file = directory / DECIDED
+    if file.exists() and (directory / METRICS).exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, dict(found))
+    return dict(found)
 
 
 def note_environment(directory: Path, step: int, found: Mapping[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import rundir
+from grpo_jax.batching import Layout
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
 from grpo_jax.callbacks.table import build
 from grpo_jax.checkpoint import CheckpointStore
@@ -42,9 +43,10 @@ from grpo_jax.metrics import (
     rollout_metrics,
 )
 from grpo_jax.models import Model, View, load_model, save_hf
-from grpo_jax.preflight import report, require_devices, versions
+from grpo_jax.preflight import report, require_devices, room_for_cache, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import engine_from, sampling_from
+from grpo_jax.rollout.setup import slots_for
 from grpo_jax.scoring import Scorer
 from grpo_jax.types import Params
 
@@ -190,7 +192,9 @@ class _Run:
         _check_positions(config, self.model, longest, prompt_len)
         stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
         sampling = sampling_from(config.rollout, stops)
-        self.engine = engine = engine_from(config.rollout, self.model, prompt_len, self.tokenizer)
+        layout = layout_of(config, self.model, prompt_len)
+        slots = self._slots(layout, prompt_len)
+        self.engine = engine = engine_from(config.rollout, self.model, prompt_len, self.tokenizer, slots)
         self.view: View | None = None
         scorer = Scorer(pool, self.tokenizer, stops, config)
         self.names = tuple(pool.names) if pool else config.reward.functions
@@ -199,7 +203,6 @@ class _Run:
                 pool.check_columns(part.columns)
         self.collector = Collector(prompts, engine, scorer, sampling, config, self.phases)
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
-        layout = layout_of(config, self.model, prompt_len)
         self.facts = [report(self.model, config, layout, prompt_len)]
         if len(prompts) < config.rollout.prompts_per_step:
             self.facts.append(
@@ -209,6 +212,14 @@ class _Run:
         self.facts += [*prompts.reports, *(each.report for each in sets.values() if each.report)]
         self.learning = Learning(config, self.model, params, layout, self.phases)
         self._start()
+
+    def _slots(self, layout: Layout, prompt_len: int) -> int:
+        """Rows that decode at once: decided from the device's memory once in a run."""
+        room = room_for_cache(self.model, self.config, layout, prompt_len)
+        found = {"rollout.slots": slots_for(self.config.rollout, self.model, prompt_len, room)}
+        if is_first():
+            found = rundir.decided(self.directory, found)
+        return int(from_first(np.asarray(found["rollout.slots"])))
 
     def _start(self) -> None:
         """From the newest checkpoint, or from the model; the reference is where the run started from."""

@@ -11,6 +11,7 @@ from grpo_jax.mesh import recut
 from grpo_jax.models.model import Model
 from grpo_jax.rollout.engine import ContinuousEngine
 from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.rollout.slots import row_shards
 
 
 def sampling_from(config: RolloutConfig, stop_ids: Iterable[int]) -> Sampling:
@@ -37,28 +38,52 @@ def sampling_from(config: RolloutConfig, stop_ids: Iterable[int]) -> Sampling:
         raise ValueError(f"rollout.{error}") from error
 
 
-def engine_from(config: RolloutConfig, model: Model, prompt_len: int, tokenizer: Any) -> ContinuousEngine:
-    """The engine of a run, all its shapes compiled before the first completion.
+def engine_from(
+    config: RolloutConfig, model: Model, prompt_len: int, tokenizer: Any, slots: int | None = None
+) -> ContinuousEngine:
+    """The engine of a run, its shapes compiled beside the first completions.
 
     Args:
         config: its table.
         model: what samples; the table says how it keeps and reads keys and values.
         prompt_len: tokens to which prompts are padded.
         tokenizer: reads completions where there are stop strings.
+        slots: as decided before; None: `slots_for` what the table says alone.
 
     Raises:
         ValueError: a memory that holds no completion, slots too few for the schedule, or a layout that does not
             divide the devices.
     """
-    model = decoder(config, model)
+    slots = slots_for(config, model, prompt_len, None) if slots is None else slots
+    # Evaluation may ask for more rows than a step has; those wait in a queue whatever the schedule.
+    refill = True if config.schedule == "refill" else None
+    return ContinuousEngine(decoder(config, model), prompt_len, slots, refill, tokenizer.decode, ahead=True)
+
+
+def slots_for(config: RolloutConfig, model: Model, prompt_len: int, room: int | None) -> int:
+    """Rows that decode at once: a step's all, or those that the table or the memory for keys and values allows.
+
+    Args:
+        config: the table.
+        model: what samples.
+        prompt_len: tokens to which prompts are padded.
+        room: bytes for keys and values on each device where the table does not say; None is no limit.
+
+    Raises:
+        ValueError: a memory that holds no completion, or slots too few for the schedule.
+    """
     rows = config.prompts_per_step * config.num_samples
     slots = min(config.slots or rows, rows)
-    if config.kv_memory_mb is not None:
+    model = decoder(config, model)
+    memory = None if room is None else room * row_shards(model)
+    memory = memory if config.kv_memory_mb is None else config.kv_memory_mb * 2**20
+    if memory is not None:
         one = (prompt_len + config.max_new_tokens) * token_bytes(model)
-        slots = min(slots, config.kv_memory_mb * 2**20 // one)
+        slots = min(slots, memory // one)
         if slots < 1:
+            got = config.kv_memory_mb or f"none, and the devices have {memory / 2**20:.1f} MiB left"
             raise ValueError(
-                f"rollout.kv_memory_mb: got {config.kv_memory_mb}, and the longest completion with its prompt needs "
+                f"rollout.kv_memory_mb: got {got}, and the longest completion with its prompt needs "
                 f"{one / 2**20:.1f} MiB. Raise it, or lower rollout.max_new_tokens."
             )
     if config.schedule == "cohort" and slots < rows:
@@ -66,9 +91,7 @@ def engine_from(config: RolloutConfig, model: Model, prompt_len: int, tokenizer:
             f"rollout.schedule: got cohort with {slots} slots for {rows} completions, which cannot start together. "
             "Use refill or auto, or raise rollout.slots and rollout.kv_memory_mb."
         )
-    # Evaluation may ask for more rows than a step has; those wait in a queue whatever the schedule.
-    refill = True if config.schedule == "refill" else None
-    return ContinuousEngine(model, prompt_len, slots, refill, tokenizer.decode, ahead=True)
+    return slots
 
 
 def decoder(config: RolloutConfig, model: Model) -> Model:

@@ -7,7 +7,7 @@ import pytest
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.decode_attention import KV_DTYPES, READERS
 from grpo_jax.rollout import engine_from, sampling_from
-from grpo_jax.rollout.setup import token_bytes
+from grpo_jax.rollout.setup import slots_for, token_bytes
 from grpo_jax.testing import tiny_model, tiny_tokenizer
 
 
@@ -75,3 +75,15 @@ def test_every_sampling_field_arrives():
     assert (made.stop_ids, made.stop_strings, made.banned_ids) == ((1, 2), ("a",), (4,))
     with pytest.raises(ValueError, match="rollout.min_tokens"):
         sampling_from(RolloutConfig(max_new_tokens=3, min_tokens=4), ())
+
+
+def test_slots_follow_the_memory_that_is_left(model):
+    table = RolloutConfig(prompts_per_step=4, num_samples=8, max_new_tokens=48)
+    one = (16 + 48) * token_bytes(model)
+    assert slots_for(table, model, 16, None) == 32
+    assert slots_for(table, model, 16, 7 * one + 1) == 7 and slots_for(table, model, 16, 10**9) == 32
+    assert slots_for(table.model_copy(update={"kv_memory_mb": 1}), model, 16, 3 * one) == min(32, 2**20 // one)
+    with pytest.raises(ValueError, match="rollout.kv_memory_mb: got none, and the devices have"):
+        slots_for(table, model, 16, one - 1)
+    with pytest.raises(ValueError, match="rollout.schedule: got cohort with 7 slots"):
+        slots_for(table.model_copy(update={"schedule": "cohort"}), model, 16, 7 * one)
