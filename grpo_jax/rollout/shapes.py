@@ -217,8 +217,8 @@ def arrange(rows: np.ndarray, samples: int, shape: Shape, shards: int) -> Arrang
             at[shard, number, :some] = seats
             first, number = first + some, number + 1
             slot = number * shape.group if shape.even else slot + some
-    flat = (x.reshape(-1) for x in (row, prompt, block, place))
-    return Arranged(*flat, at.reshape(-1, shape.group))
+    places = at.reshape(-1, shape.group)
+    return Arranged(row.reshape(-1), prompt.reshape(-1), block.reshape(-1), place.reshape(-1), places)
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:
