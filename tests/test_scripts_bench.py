@@ -124,3 +124,20 @@ def test_prompts_of_letters_have_the_length_in_tokens_that_is_asked():
     assert lengths == {9} and len(set(texts)) == len(texts) == 100
     ids = np.array(tokenizer(texts)["input_ids"])
     assert ids.min() >= 2 and ids.max() < 28
+
+
+def test_a_profile_adds_up_the_decode_steps_by_their_source():
+    profile = module("profile_rollout")
+    text = (
+        '  %fusion.2 = f32[4]{0} fusion(x), metadata={op_name="jit(segment)/while/body/head" stack=1}\n'
+        '  ROOT %add.1 = f32[4]{0} add(y), metadata={op_name="jit(segment)/add"}\n'
+    )
+    source = profile.sources([text])
+    assert source == {"fusion.2": "head", "add.1": "add"}
+
+    def event(name, duration, hlo_module="jit_segment", **more):
+        return {"ph": "X", "name": name, "dur": duration, "args": {"hlo_module": hlo_module, "hlo_op": name}, **more}
+
+    events = [event("fusion.2", 2000), event("fusion.2", 1000), event("copy.7", 500), event("while", 9e6)]
+    events += [event("fusion.2", 9e6, "jit_prefill"), event("add.1", 9e6, ph="M"), {"ph": "X", "name": "x", "dur": 9e6}]
+    assert profile.totals(events, source) == [("head", 3.0, 2), ("copy", 0.5, 1)]
