@@ -254,9 +254,9 @@ class Keeper:
         return self._cut(jax.tree.map(one, *blocks))
 
     def _encode(self, x: jax.Array) -> Block:
-        return (
-            Int8.of(x) if self.dtype == "int8" else x.astype(self.compute.dtype if self.dtype == "auto" else self.dtype)
-        )
+        if self.dtype == "int8":
+            return Int8.of(x)
+        return x.astype(self.compute.dtype if self.dtype == "auto" else self.dtype)
 
     def _cut(self, whole: Block) -> Blocks:
         out, start = [], 0
