@@ -1,13 +1,13 @@
 """Measure contract 4 at a large vocabulary: tokens that other company, shapes or devices change; what bfloat16 costs.
 
-    python scripts/bench_exactness.py [--rounds 4] [--vocab 151936] [--scale 2 ...]
+    python scripts/bench_exactness.py [--rounds 4] [--vocab 151936] [--temperature 0.15 ...]
 
 A row's uniforms are addressed, so another batch, schedule, cache or mesh gives it the same tokens unless a difference
 of rounding moves a boundary of the distribution over a uniform. Each row is compared with the same address in a batch
 of all rows up to its first difference; behind that the texts are others. Prints, for float32 and bfloat16, such flips
 per 1,000 tokens compared with their 95 % interval (Wilson), and the gap between the sampler's log-probabilities and
-the learner's. Eight devices are CPU devices where there is no other; random weights, whose matrices are `scale` times
-those of a fresh model, so that distributions are neither flat nor sharp.
+the learner's. On CPU devices unless JAX_PLATFORMS names others. Weights are random, so that at temperature 1 the
+distributions are almost flat, the worst case; about 0.15 makes them as sharp as a trained model's.
 """
 
 import argparse
@@ -15,9 +15,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-
-if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +58,7 @@ def rollout_of(
     arguments: argparse.Namespace, model: Model, params: Params, round_: int, prompts: Sequence[Prompt], **engine: int
 ) -> Rollout:
     longer, samples = engine.pop("longer", 0), engine.pop("samples", arguments.samples)
-    sampling = Sampling(max_new_tokens=arguments.tokens + longer)
+    sampling = Sampling(arguments.temperature, max_new_tokens=arguments.tokens + longer)
     limits = np.full(len(prompts) * samples, arguments.tokens)
     made = ContinuousEngine(model, engine.pop("prompt_len", WIDTH), **engine)
     call = {"num_samples": samples, "sampling": sampling, "seed": 0, "step": round_, "limits": limits}
@@ -112,21 +109,22 @@ def flips(one: Sequence[list[int]], other: Sequence[list[int]]) -> tuple[int, in
     return count, total
 
 
-@partial(jax.jit, static_argnums=0)
-def learner_logp(model: Model, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=(0, 3))
+def learner_logp(model: Model, params: Params, tokens: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
     """Log-probability of tokens[:, 1:] and entropies, as the learner computes them."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = model.hidden(params, tokens, positions, jnp.ones_like(tokens))[:, :-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
     head, targets = model.unembedding(params), tokens[:, 1:].reshape(-1)
-    logp, entropy = algo.logprobs_and_entropy(flat, head, targets, transposed=True, precision=model.precision)
+    options = {"temperature": temperature, "transposed": True, "precision": model.precision}
+    logp, entropy = algo.logprobs_and_entropy(flat, head, targets, **options)
     assert entropy is not None
     return logp.reshape(tokens.shape[0], -1), entropy.reshape(tokens.shape[0], -1)
 
 
-def gap(model: Model, params: Params, rollout: Rollout) -> tuple[np.ndarray, float]:
+def gap(model: Model, params: Params, rollout: Rollout, temperature: float) -> tuple[np.ndarray, float]:
     """|sampler - learner| of each token, and the mean entropy."""
-    logp, entropy = jax.device_get(learner_logp(model, params, rollout.tokens))
+    logp, entropy = jax.device_get(learner_logp(model, params, rollout.tokens, temperature))
     mask = rollout.completion_mask[:, 1:]
     return np.abs(logp - rollout.sampler_logp[:, 1:])[mask], float(entropy[mask].mean())
 
@@ -135,7 +133,7 @@ def measure(arguments: argparse.Namespace, dtype: str) -> None:
     model, params = build(arguments, dtype)
     base = [rollout_of(arguments, model, params, r, prompts_of(arguments, r)) for r in range(arguments.rounds)]
     rows = [[rollout.completion_ids(n) for n in range(len(rollout.tokens))] for rollout in base]
-    gaps, entropies = zip(*(gap(model, params, rollout) for rollout in base), strict=True)
+    gaps, entropies = zip(*(gap(model, params, rollout, arguments.temperature) for rollout in base), strict=True)
     all_gaps = np.concatenate(gaps)
     print(f"| {dtype} | log-probs, sampler and learner | mean {all_gaps.mean():.2e}, max {all_gaps.max():.2e} | "
           f"{all_gaps.size} tokens, mean entropy {np.mean(entropies):.1f} nats |", flush=True)  # fmt: skip
@@ -157,9 +155,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="of each prompt; the batch has prompts * samples rows")
     parser.add_argument("--tokens", type=int, default=32, help="of each completion")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--scale", type=float, default=2.0, help="of the matrices")
+    parser.add_argument("--scale", type=float, default=2.0, help="of the matrices, times a fresh model's")
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
+    if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # read when jax first looks for devices
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     print("| dtype | what | measured | of |\n|---|---|---|---|")
     for dtype in arguments.dtypes:
         measure(arguments, dtype)
