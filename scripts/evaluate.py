@@ -85,14 +85,14 @@ def figures(asked: argparse.Namespace) -> list[tuple[str, float, float, float]]:
         asked.max_new_tokens = room_for(model, held_out.longest, asked.max_new_tokens)
         config = config_of(asked)
         engine = replace(engine_from(config.rollout, model, held_out.longest, tokenizer), ahead=False)
+        view = engine.view(params)
+        del params  # one copy of the model is enough
         sampling, rows = sampling_from(config.rollout, stops), []
         scorer = Scorer(pool, tokenizer, stops, config)
         for k, options in ((1, replace(sampling, temperature=0.0, top_p=None)), (asked.samples, sampling)):
             if not k:
                 continue
-            rollout = engine.generate(
-                params, held_out.prompts, num_samples=k, sampling=options, seed=config.seed, step=0
-            )
+            rollout = engine.generate(view, held_out.prompts, num_samples=k, sampling=options, seed=config.seed, step=0)
             answers = scorer.rewards(held_out.prompts, rollout)
             for warning in answers.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
