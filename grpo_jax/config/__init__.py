@@ -130,9 +130,9 @@ class RolloutConfig(Section):
     banned_token_ids: tuple[int, ...] = ()
     """Tokens that are never sampled."""
     slots: PositiveInt | None = None
-    """Completions that decode at once, others wait in a queue; none: a step's all, or what kv_memory_mb holds."""
+    """Completions that decode at once, others wait in a queue; none: a step's all, or those that fit in memory."""
     kv_memory_mb: PositiveInt | None = None
-    """MiB for keys and values on all devices together, which bound the slots; none: no bound."""
+    """MiB for keys and values on all devices together, which bound the slots; none: what a GPU or TPU has left; a CPU has no bound."""
     layout: str = "train"
     """How the devices share sampling. train: as training, weights whole over fsdp. replicated: each has all weights and
     rows of its own. tensor=K: K devices share the weights and heads of the same rows."""
