@@ -175,7 +175,9 @@ def tunix(work: dict[str, Any]) -> None:
     gate, cluster = Gate(1), tunix_cluster(work, STEPS, work["prompts"])
 
     def by_first(prompts: list[str], completions: list[str], **_: object) -> list[float]:
-        return by_parity([[int(word) for word in text.split()] for text in completions])
+        ids = [[int(word) for word in text.split()] for text in completions]
+        assert [len(row) for row in ids] == [work["length"]] * work["prompts"] * work["samples"]
+        return by_parity(ids)
 
     settings = grpo_learner.GRPOConfig(num_generations=work["samples"], num_iterations=1, beta=0.0, epsilon=0.2)
     learner = grpo_learner.GRPOLearner(cluster, algo_config=settings, reward_fns=[by_first])
