@@ -1,20 +1,24 @@
 """Measure contract 4 at a large vocabulary: tokens that other company, shapes or devices change; what bfloat16 costs.
 
     python scripts/bench_exactness.py [--rounds 4] [--vocab 151936] [--temperature 0.15 ...]
+    python scripts/bench_exactness.py --kept grpo_jax/quickstart/model
 
 A row's uniforms are addressed, so another batch, schedule, cache or mesh gives it the same tokens unless a difference
 of rounding moves a boundary of the distribution over a uniform. Each row is compared with the same address in a batch
 of all rows up to its first difference; behind that the texts are others. Prints, for float32 and bfloat16, such flips
 per 1,000 tokens compared with their 95 % interval (Wilson), and the gap between the sampler's log-probabilities and
 the learner's. On CPU devices unless JAX_PLATFORMS names others. Weights are random, so that at temperature 1 the
-distributions are almost flat, the worst case; about 0.15 makes them as sharp as a trained model's.
+distributions are almost flat, the worst case; about 0.15 makes them as sharp as a trained model's. With --kept: only that
+gap, of a checkpoint, by what its keys and values are kept in while it samples.
 """
 
 import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,7 @@ import numpy as np
 
 from grpo_jax import algo
 from grpo_jax.mesh import make_mesh
-from grpo_jax.models import Model
+from grpo_jax.models import Model, load_model
 from grpo_jax.rollout import ContinuousEngine, Sampling
 from grpo_jax.testing import tiny_model
 from grpo_jax.types import Params, Prompt, Rollout
@@ -148,6 +152,19 @@ def measure(arguments: argparse.Namespace, dtype: str) -> None:
         print(f"| {dtype} | flips per 1,000 tokens: {name} | {said} | {count} of {total} |", flush=True)
 
 
+def measure_kept(arguments: argparse.Namespace, dtype: str) -> None:
+    loaded, params = load_model(arguments.kept)
+    model = replace(loaded, dtype=dtype, precision=None)
+    for kept in ("auto", "bfloat16", "int8"):
+        arguments.vocab = model.spec.vocab
+        rollout = rollout_of(arguments, replace(model, kv_dtype=kept), params, 0, prompts_of(arguments, 0))
+        gaps, entropy = gap(model, params, rollout, arguments.temperature)
+        said = f"mean {gaps.mean():.2e}, max {gaps.max():.2e}"
+        print(
+            f"| {dtype} | kept in {kept} | {said} | {gaps.size} tokens, mean entropy {entropy:.1f} nats |", flush=True
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=151_936)
@@ -158,12 +175,13 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=2.0, help="of the matrices, times a fresh model's")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--kept", type=Path, help="directory of a checkpoint")
     arguments = parser.parse_args()
     if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":  # read when jax first looks for devices
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     print("| dtype | what | measured | of |\n|---|---|---|---|")
     for dtype in arguments.dtypes:
-        measure(arguments, dtype)
+        (measure if arguments.kept is None else measure_kept)(arguments, dtype)
 
 
 if __name__ == "__main__":
