@@ -8,8 +8,8 @@ of rounding moves a boundary of the distribution over a uniform. Each row is com
 of all rows up to its first difference; behind that the texts are others. Prints, for float32 and bfloat16, such flips
 per 1,000 tokens compared with their 95 % interval (Wilson), and the gap between the sampler's log-probabilities and
 the learner's. On CPU devices unless JAX_PLATFORMS names others. Weights are random, so that at temperature 1 the
-distributions are almost flat, the worst case; about 0.15 makes them as sharp as a trained model's. With --kept: only that
-gap, of a checkpoint, by what its keys and values are kept in while it samples.
+distributions are almost flat, the worst case; about 0.15 makes them as sharp as a trained model's. With --kept: that
+gap alone, of a checkpoint, by what its keys and values are kept in while it samples.
 """
 
 import argparse
