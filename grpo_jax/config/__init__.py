@@ -132,7 +132,7 @@ class RolloutConfig(Section):
     slots: PositiveInt | None = None
     """Completions that decode at once, others wait in a queue; none: a step's all, or those that fit in memory."""
     kv_memory_mb: PositiveInt | None = None
-    """MiB for keys and values on all devices together, which bound the slots; none: what a GPU or TPU has left; a CPU has no bound."""
+    """MiB for keys and values on all devices; bounds the slots. none: what a GPU or TPU has left, no bound on CPUs."""
     layout: str = "train"
     """How the devices share sampling. train: as training, weights whole over fsdp. replicated: each has all weights and
     rows of its own. tensor=K: K devices share the weights and heads of the same rows."""
