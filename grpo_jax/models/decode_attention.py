@@ -1,8 +1,9 @@
 """Attention of decoding: one query a row, over keys and values that were kept.
 
 A ``Keeper`` says how they are kept and read. What is kept of one layer's keys, or of its values, is a tuple of blocks
-that follow one another along the columns, each [R, K, c, d]: one block, or several where that lets a step leave out the
-blocks that no row sees. A block of its own costs nothing to leave out; a slice of a longer buffer is copied first.
+that follow one another along the columns: one block, or several where that lets a step leave out the blocks that no row
+sees. A block of its own costs nothing to leave out; a slice of a longer buffer is copied first. A block of values is
+[R, K, c, d]; one of keys [R, K, d, c], so that a query's scores lie side by side in memory as the keys they come from.
 """
 
 import math
@@ -27,8 +28,8 @@ class Int8:
     """Numbers in eight bits, ``values * scale``: each token of each head has the scale of its largest.
 
     Attributes:
-        values: [..., d] int8, from -127 to 127.
-        scale: [..., 1] float32.
+        values: [..., d] int8, from -127 to 127; or of keys [R, K, d, c].
+        scale: [..., 1] float32; or of keys [R, K, 1, c].
     """
 
     values: jax.Array
@@ -43,12 +44,15 @@ class Int8:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[..., d]."""
+        """Of the values."""
         return self.values.shape
 
 
 Block = jax.Array | Int8
-"""Some columns of keys, or of values: [R, K, c, d]."""
+"""Some columns of keys [R, K, d, c], or of values [R, K, c, d]."""
+
+KEYS, VALUES = 3, 2
+"""The axis of a block's columns."""
 
 Blocks = tuple[Block, ...]
 """Keys, or values, of one layer."""
@@ -133,15 +137,15 @@ def _fold(
 ) -> Part:
     part, start = empty_part(q), 0
     for k, v in zip(keys, values, strict=True):
-        count = k.shape[2]
+        count = v.shape[VALUES]
 
         def absorb(part: Part, k: Block, v: Block, start: int = start, count: int = count) -> Part:
-            keys, key_scale = _numbers(k, compute)
-            scores = cap(compute.einsum("rkmd,rkcd->rkmc", q, keys, out=jnp.float32) * key_scale, softcap)
+            keys, key_scale = _numbers(k, compute, KEYS)
+            scores = cap(compute.einsum("rkmd,rkdc->rkmc", q, keys, out=jnp.float32) * key_scale, softcap)
             scores = jnp.where(seen.mask(start, count)[:, None], scores, MASKED)
             top = jnp.maximum(part.top, scores.max(axis=-1))
             weights, kept = jnp.exp(scores - top[..., None]), jnp.exp(part.top - top)
-            values, scale = _numbers(v, compute)
+            values, scale = _numbers(v, compute, VALUES)
             scaled = (weights * scale).astype(compute.dtype)
             mixed = compute.einsum("rkmc,rkcd->rkmd", scaled, values, out=jnp.float32)
             return Part(top, part.total * kept + weights.sum(axis=-1), part.mixed * kept[..., None] + mixed)
@@ -154,10 +158,10 @@ def _fold(
     return part
 
 
-def _numbers(block: Block, compute: Compute) -> tuple[jax.Array, jax.Array | float]:
-    """[R, K, c, d] in the compute dtype, and the factor of each column, [R, K, 1, c] or 1."""
+def _numbers(block: Block, compute: Compute, axis: int) -> tuple[jax.Array, jax.Array | float]:
+    """The block in the compute dtype, and the factor of each column, [R, K, 1, c] or 1."""
     if isinstance(block, Int8):
-        return block.values.astype(compute.dtype), jnp.swapaxes(block.scale, 2, 3)
+        return block.values.astype(compute.dtype), jnp.swapaxes(block.scale, axis, 3)
     return block.astype(compute.dtype), 1.0
 
 
@@ -172,7 +176,7 @@ def read_pallas(
     interpret = mesh.devices.flat[0].platform != "gpu"
 
     def read(q: jax.Array, k: Block, v: Block, seen: Seen) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scales = (k.scale[..., 0], v.scale[..., 0]) if isinstance(k, Int8) and isinstance(v, Int8) else None
+        scales = (k.scale[:, :, 0], v.scale[..., 0]) if isinstance(k, Int8) and isinstance(v, Int8) else None
         keys, values = (x.values if isinstance(x, Int8) else x for x in (k, v))
         bounds = seen.first, seen.stop
         return read_split(q, keys, values, scales, *bounds, softcap, compute.precision, interpret)
@@ -223,45 +227,58 @@ class Keeper:
         width = math.ceil(length / count)
         return [min(width, length - start) for start in range(0, length, width)]
 
-    def empty(self, rows: int, kv_heads: int, length: int, head_dim: int) -> Blocks:
+    def empty(self, rows: int, kv_heads: int, length: int, head_dim: int) -> KeyValue:
         """Zeros, rows over data and fsdp, key heads over tensor."""
-        shapes = [(rows, kv_heads, width, head_dim) for width in self.widths(length)]
-        blocks = [jax.eval_shape(self._encode, jax.ShapeDtypeStruct(shape, self.compute.dtype)) for shape in shapes]
-        return tuple(self._pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), block)) for block in blocks)
 
-    def keep(self, x: jax.Array) -> Blocks:
-        """Keys or values [R, K, C, d] -> what is kept of them."""
-        return self._cut(self._encode(x))
+        def zeros(axis: int) -> Blocks:
+            made = []
+            for width in self.widths(length):
+                some = jax.ShapeDtypeStruct((rows, kv_heads, width, head_dim), self.compute.dtype)
+                block = jax.eval_shape(lambda x: _turned(self._encode(x), axis), some)
+                made.append(self._pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), block)))
+            return tuple(made)
 
-    def write(self, blocks: Blocks, new: jax.Array, column: jax.Array) -> Blocks:
-        """Puts ``new`` [R, K, d] at column ``column`` [R]; columns from C on are dropped."""
-        out, start = [], 0
-        for block in blocks:
-            width = block.shape[2]
-            at = jnp.where(column < start, width, column - start)
-            out.append(jax.tree.map(lambda x, y, at=at: _put(x, y, at), block, self._encode(new)))
-            start += width
-        return tuple(out)
+        return zeros(KEYS), zeros(VALUES)
 
-    def resize(self, blocks: Blocks, length: int) -> Blocks:
+    def keep(self, keys: jax.Array, values: jax.Array) -> KeyValue:
+        """Keys and values, each [R, K, C, d] -> what is kept of them."""
+        return self._cut(_turned(self._encode(keys), KEYS), KEYS), self._cut(self._encode(values), VALUES)
+
+    def write(self, kept: KeyValue, keys: jax.Array, values: jax.Array, column: jax.Array) -> KeyValue:
+        """Puts new keys and values, each [R, K, d], at column ``column`` [R]; columns from C on are dropped."""
+
+        def put(blocks: Blocks, new: Block, axis: int) -> Blocks:
+            out, start = [], 0
+            for block in blocks:
+                width = block.shape[axis]
+                at = jnp.where(column < start, width, column - start)
+                out.append(jax.tree.map(partial(_put, column=at, axis=axis), block, new))
+                start += width
+            return tuple(out)
+
+        return put(kept[0], self._encode(keys), KEYS), put(kept[1], self._encode(values), VALUES)
+
+    def resize(self, kept: KeyValue, length: int) -> KeyValue:
         """Longer by zeros, or cut."""
 
-        def one(*cut: jax.Array) -> jax.Array:
-            joined = jnp.concatenate(cut, axis=2)
-            padded = jnp.pad(joined, ((0, 0), (0, 0), (0, max(0, length - joined.shape[2])), (0, 0)))
-            return jax.lax.slice_in_dim(padded, 0, length, axis=2)
+        def one(*cut: jax.Array, axis: int) -> jax.Array:
+            joined = jnp.concatenate(cut, axis=axis)
+            more = [(0, 0)] * joined.ndim
+            more[axis] = (0, max(0, length - joined.shape[axis]))
+            return jax.lax.slice_in_dim(jnp.pad(joined, more), 0, length, axis=axis)
 
-        return self._cut(jax.tree.map(one, *blocks))
+        keys, values = (jax.tree.map(partial(one, axis=axis), *x) for x, axis in zip(kept, (KEYS, VALUES), strict=True))
+        return self._cut(keys, KEYS), self._cut(values, VALUES)
 
     def _encode(self, x: jax.Array) -> Block:
         if self.dtype == "int8":
             return Int8.of(x)
         return x.astype(self.compute.dtype if self.dtype == "auto" else self.dtype)
 
-    def _cut(self, whole: Block) -> Blocks:
+    def _cut(self, whole: Block, axis: int) -> Blocks:
         out, start = [], 0
-        for width in self.widths(whole.shape[2]):
-            cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + width, axis=2)
+        for width in self.widths(whole.shape[axis]):
+            cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + width, axis=axis)
             out.append(self._pin(jax.tree.map(cut, whole)))
             start += width
         return tuple(out)
@@ -293,7 +310,7 @@ class Keeper:
         Returns:
             [B, K, g, d].
         """
-        (_, kv_heads, group, head_dim), prompts = q.shape, prompt[0][0].shape[0]
+        (_, kv_heads, group, head_dim), prompts = q.shape, prompt[1][0].shape[0]
         stacked = jnp.swapaxes(seats.stack(q), 1, 2).reshape(prompts, kv_heads, -1, head_dim)
         if prompt_seen.first.shape[1] > 1:
             prompt_seen = Seen(*(jnp.repeat(x, group, axis=1) for x in prompt_seen))
@@ -308,14 +325,24 @@ class Keeper:
         return (both.mixed / both.total[..., None]).astype(self.compute.dtype)
 
 
-def _put(block: jax.Array, new: jax.Array, column: jax.Array) -> jax.Array:
-    """``new`` [R, K, d] at ``column`` [R] of [R, K, c, d]; columns from c on are dropped."""
-    return jax.vmap(lambda row, value, at: row.at[:, at].set(value, mode="drop"))(block, new, column)
+def _turned(block: Block, axis: int) -> Block:
+    """[R, K, c, d] -> a block with its columns at ``axis``."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 2, axis), block)
+
+
+def _put(block: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """``new`` [R, K, d] at ``column`` [R] of a block; columns from c on are dropped."""
+
+    def one(row: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
+        place = row.at[:, at] if axis == VALUES else row.at[:, :, at]
+        return place.set(value, mode="drop")
+
+    return jax.vmap(one)(block, new, column)
 
 
 def columns(kept: KeyValue) -> int:
     """C, of all blocks together."""
-    return sum(block.shape[2] for block in kept[0])
+    return sum(block.shape[VALUES] for block in kept[1])
 
 
 def seen_columns(seats: Seats, prompt_len: jax.Array, cache_len: jax.Array, window: int | None) -> tuple[Seen, Seen]:

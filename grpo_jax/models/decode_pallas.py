@@ -40,7 +40,8 @@ def read_split(
 
     Args:
         q: [R, K, M, d].
-        keys, values: [R, K, C, d], in q's dtype, or narrower ones that are cast to it.
+        keys: [R, K, d, C], in q's dtype, or a narrower one that is cast to it.
+        values: [R, K, C, d], likewise.
         scales: factors of the keys and of the values, each [R, K, C] float32, or None.
         first, stop: [R, M] int32, a query sees ``first <= column < stop``; it may see none.
         softcap: scores are ``softcap * tanh(scores / softcap)``; None leaves them.
@@ -53,23 +54,26 @@ def read_split(
     rows, kv_heads, count, head_dim = q.shape
     tile = min(MOST_QUERIES, max(LEAST_QUERIES, pl.next_power_of_2(count)))
     tiles, wide = math.ceil(count / tile), pl.next_power_of_2(max(head_dim, LEAST_QUERIES))
-    part, splits = _split(keys.shape[2], rows * kv_heads * tiles)
+    part, splits = _split(values.shape[2], rows * kv_heads * tiles)
     more = tiles * tile - count
     q = jnp.pad(q, ((0, 0), (0, 0), (0, more), (0, wide - head_dim)))
     first, stop = (jnp.pad(x, ((0, 0), (0, more))) for x in (first, stop))
 
+    cut_keys = pl.BlockSpec((None, None, wide, part), lambda r, k, m, s: (r, k, 0, s))
     cut = pl.BlockSpec((None, None, part, wide), lambda r, k, m, s: (r, k, s, 0))
     scale = pl.BlockSpec((None, None, part), lambda r, k, m, s: (r, k, s))
     bound = pl.BlockSpec((None, tile), lambda r, k, m, s: (r, m))
     one = pl.BlockSpec((None, None, None, tile), lambda r, k, m, s: (r, k, s, m))
     sizes = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    kernel = partial(_kernel, length=keys.shape[2], head_dim=head_dim, part=part, softcap=softcap, precision=precision)
+    kernel = partial(
+        _kernel, length=values.shape[2], head_dim=head_dim, part=part, softcap=softcap, precision=precision
+    )
     top, total, mixed = pl.pallas_call(
         kernel,
         grid=(rows, kv_heads, tiles, splits),
         in_specs=[
             pl.BlockSpec((None, None, tile, wide), lambda r, k, m, s: (r, k, m, 0)),
-            *(bound, bound, cut, cut),
+            *(bound, bound, cut_keys, cut),
             *([] if scales is None else [scale, scale]),
         ],
         out_specs=[one, one, pl.BlockSpec((None, None, None, tile, wide), lambda r, k, m, s: (r, k, s, m, 0))],
@@ -104,22 +108,21 @@ def _kernel(*refs: Any, length: int, head_dim: int, part: int, softcap: float | 
     q_ref, first_ref, stop_ref, k_ref, v_ref, *scale_refs, top_ref, total_ref, mixed_ref = refs
     q, first, stop = q_ref[...], first_ref[...], stop_ref[...]
     start = pl.program_id(3) * part
-    real = (jnp.arange(q.shape[1]) < head_dim)[None, :]
+    real = jnp.arange(q.shape[1]) < head_dim
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def read(ref: Any, at: jax.Array, mask: jax.Array) -> jax.Array:
-        index = (pl.ds(at, COLUMNS), slice(None)) if mask.ndim == 2 else (pl.ds(at, COLUMNS),)
+    def read(ref: Any, index: tuple[Any, ...], mask: jax.Array) -> jax.Array:
         return plgpu.load(ref.at[index], mask=mask, other=0)
 
     def body(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, mixed = carry
         at = index * COLUMNS
-        columns = start + at + jnp.arange(COLUMNS)
+        here, columns = pl.ds(at, COLUMNS), start + at + jnp.arange(COLUMNS)
         there = columns < length  # the last part may end beyond the buffer
-        k = read(k_ref, at, there[:, None] & real).astype(q.dtype)
-        scores = dot(q, k, (((1,), (1,)), ((), ())))
+        k = read(k_ref, (slice(None), here), real[:, None] & there[None, :]).astype(q.dtype)
+        scores = dot(q, k, (((1,), (0,)), ((), ())))
         if scale_refs:
-            scores = scores * read(scale_refs[0], at, there)[None, :]
+            scores = scores * read(scale_refs[0], (here,), there)[None, :]
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         seen = (columns[None, :] >= first[:, None]) & (columns[None, :] < stop[:, None])
@@ -128,8 +131,8 @@ def _kernel(*refs: Any, length: int, head_dim: int, part: int, softcap: float | 
         weights, kept = jnp.where(seen, jnp.exp(scores - new[:, None]), 0.0), jnp.exp(top - new)
         total = total * kept + weights.sum(axis=1)
         if scale_refs:
-            weights = weights * read(scale_refs[1], at, there)[None, :]
-        v = read(v_ref, at, there[:, None] & real).astype(q.dtype)
+            weights = weights * read(scale_refs[1], (here,), there)[None, :]
+        v = read(v_ref, (here, slice(None)), there[:, None] & real[None, :]).astype(q.dtype)
         mixed = mixed * kept[:, None] + dot(weights.astype(q.dtype), v, (((1,), (0,)), ((), ())))
         return new, total, mixed
 

@@ -25,11 +25,11 @@ from grpo_jax.models.transformer import Layout, Routed, View
 from grpo_jax.types import Params
 
 PromptCache = tuple[KeyValue, ...]
-"""For each layer k and v, each [Q, K, P, d] in blocks of columns: a prompt's, kept once for its group."""
+"""For each layer keys and values in blocks of columns, P together: of Q prompts, each kept once for its group."""
 
 Cache = tuple[KeyValue, ...]
-"""For each layer k and v, each [B, K, C, d] in blocks of columns: of the sampled tokens. Rows may be gathered in every
-leaf; for another C there is ``Model.resize_cache``."""
+"""For each layer keys and values in blocks of columns, C together: of the tokens that B rows sampled. Rows may be
+gathered in every leaf; for another C there is ``Model.resize_cache``."""
 
 START: Mapping[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     "normal": lambda rng, shape: np.float32(0.02) * rng.standard_normal(shape, np.float32),
@@ -263,17 +263,15 @@ class Model:
     def prefill(self, view: View, tokens: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, PromptCache]:
         """Prompts [Q, P] int32 of lengths [Q], at least 1 -> hidden [Q, D] at each one's last token, and its cache."""
         hidden, cache = prefill.prefill(self.layout, view, tokens, prompt_len)
-        return hidden, tuple((self.keeper.keep(keys), self.keeper.keep(values)) for keys, values in cache)
+        return hidden, tuple(self.keeper.keep(keys, values) for keys, values in cache)
 
     def init_cache(self, rows: int, length: int) -> Cache:
-        """Zeros [B, K, C, d] twice a layer in ``kv_dtype``, rows over data and fsdp, key heads over tensor."""
-        shapes = [(rows, layer.kv_heads, length, layer.head_dim) for layer in self.spec.layers]
-        return tuple((self.keeper.empty(*shape), self.keeper.empty(*shape)) for shape in shapes)
+        """Zeros for B rows of C columns in ``kv_dtype``, rows over data and fsdp, key heads over tensor."""
+        return tuple(self.keeper.empty(rows, layer.kv_heads, length, layer.head_dim) for layer in self.spec.layers)
 
     def resize_cache(self, layer: KeyValue, length: int) -> KeyValue:
         """One layer's cache with ``length`` columns: longer by zeros, or cut."""
-        keys, values = layer
-        return self.keeper.resize(keys, length), self.keeper.resize(values, length)
+        return self.keeper.resize(layer, length)
 
     def decode(
         self,

@@ -319,8 +319,7 @@ def decode(
         prompt_seen, own_seen = seen[layer.window]
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
-            keys, values = cache[index]
-            own = keeper.write(keys, k, cache_len), keeper.write(values, v, cache_len)
+            own = keeper.write(cache[index], k, v, cache_len)
             return keeper.attend(q, seats, prompt_cache[index], prompt_seen, own, own_seen, layer.softcap), own
 
         return mix

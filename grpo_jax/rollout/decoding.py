@@ -247,7 +247,8 @@ class Decoding:
             del context, pool
         cache, moved = [], []
         while own:
-            kind = own[0][0][0].shape[1], own[0][0][0].shape[3]
+            values = own[0][1][0]
+            kind = values.shape[1], values.shape[3]
             program = self._programs("layer", *which, kind)
             layer, prompt = program(own.pop(0), [each.pop(0) for each in prompts], seating)
             cache.append(layer)

@@ -51,7 +51,8 @@ class Slots:
 
     Attributes:
         rows: see `Rows`.
-        cache: k and v, each [B, K, C, d] a layer. Column 0 is the prompt's last token, column t the t-th sampled.
+        cache: keys and values of C columns, a pair a layer. Column 0 is the prompt's last token, column t what was
+            sampled t-th.
     """
 
     rows: Rows
@@ -64,7 +65,7 @@ class Context:
     """The prompts that rows go on from, all but each one's last token; one for each block of rows.
 
     Attributes:
-        cache: k and v, each [R, K, P, d] a layer.
+        cache: keys and values of P columns, a pair a layer.
         length: [R] int32, columns of it that hold tokens: may be 0.
         tokens: [R, P] int32, the prompts with their last token.
     """

@@ -10,7 +10,17 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, use_abstra
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.mesh import make_mesh, single_device_mesh
-from grpo_jax.models.decode_attention import KV_DTYPES, READERS, Int8, Keeper, Seen, read_dense, seen_columns
+from grpo_jax.models.decode_attention import (
+    KEYS,
+    KV_DTYPES,
+    READERS,
+    VALUES,
+    Int8,
+    Keeper,
+    Seen,
+    read_dense,
+    seen_columns,
+)
 from grpo_jax.models.decode_pallas import read_split
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.seats import Seats
@@ -75,7 +85,7 @@ def _attend(keeper, q, prompt, prompt_len, own, cache_len, window=None, softcap=
     q, prompt, own = jax.tree.map(lambda x: jnp.asarray(x, keeper.compute.dtype), (q, prompt, own))
     seats = Seats(len(prompt_len))
     seen = seen_columns(seats, prompt_len, cache_len, window)
-    kept, mine = (tuple(keeper.keep(x) for x in pair) for pair in (prompt, own))
+    kept, mine = keeper.keep(*prompt), keeper.keep(*own)
     return keeper.attend(q, seats, kept, seen[0], mine, seen[1], softcap)
 
 
@@ -125,9 +135,9 @@ def test_the_kernel_takes_many_queries_and_columns_and_queries_that_see_nothing(
     stop = np.minimum(first + rng.integers(0, 300, first.shape), 700).astype(np.int32)
     stop[:, 3] = first[:, 3]
     scales = tuple(rng.uniform(0.5, 2, (2, 1, 700)).astype(np.float32) for _ in range(2)) if scaled else None
-    top, total, mixed = read_split(q, k, v, scales, first, stop, None, "highest", True)
+    top, total, mixed = read_split(q, np.swapaxes(k, 2, 3), v, scales, first, stop, None, "highest", True)
     kept = [x if scales is None else x * scale[..., None] for x, scale in zip((k, v), scales or (1, 1), strict=True)]
-    want = read_dense(_keeper("dense").compute, q, (kept[0],), (kept[1],), Seen(first, stop), None)
+    want = read_dense(_keeper("dense").compute, q, (np.swapaxes(kept[0], 2, 3),), (kept[1],), Seen(first, stop), None)
     sees = np.broadcast_to((stop > first)[:, None], top.shape)
     assert (np.asarray(total)[~sees] == 0).all() and (np.asarray(mixed)[~sees] == 0).all() and (~sees).any()
     np.testing.assert_allclose(top[sees], want.top[sees], atol=2e-5)
@@ -141,7 +151,8 @@ def test_the_kernel_is_one_that_triton_takes(dtype):
     """Lowered for CUDA, which needs no GPU: what only the interpreter knows would fail here."""
     of = jax.ShapeDtypeStruct
     compute = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
-    kept, scale = of((4, 2, 2000, 96), jnp.dtype(dtype)), of((4, 2, 2000), jnp.float32)
+    keys, values = of((4, 2, 96, 2000), jnp.dtype(dtype)), of((4, 2, 2000, 96), jnp.dtype(dtype))
+    scale = of((4, 2, 2000), jnp.float32)
     bound, scales = of((4, 7), jnp.int32), (scale, scale) if dtype == "int8" else None
     call = partial(read_split, softcap=30.0, precision="highest" if dtype == "float32" else "default", interpret=False)
     abstract = AbstractMesh((1,), ("x",))
@@ -149,7 +160,7 @@ def test_the_kernel_is_one_that_triton_takes(dtype):
         device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
         abstract = AbstractMesh((1,), ("x",), abstract_device=device)
     with use_abstract_mesh(abstract):
-        traced = jax.jit(call).trace(of((4, 2, 7, 96), compute), kept, kept, scales, bound, bound)
+        traced = jax.jit(call).trace(of((4, 2, 7, 96), compute), keys, values, scales, bound, bound)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__gpu$xla.gpu.triton" in text
 
@@ -194,15 +205,16 @@ def test_blocks_are_written_and_resized_like_one_buffer(kept):
     columns = np.array([0, 66, 67, 199, 200, 133], np.int32)
     states = [each.empty(6, 2, 200, 4) for each in (keeper, plain)]
     for _ in range(3):
-        new = rng.standard_normal((6, 2, 4), np.float32)
-        states = [each.write(state, new, columns) for each, state in zip((keeper, plain), states, strict=True)]
+        new = rng.standard_normal((2, 6, 2, 4), np.float32)
+        states = [each.write(state, *new, columns) for each, state in zip((keeper, plain), states, strict=True)]
         columns = columns + 1
     for length in (200, 90, 500):
         blocks, whole = (each.resize(x, length) for each, x in zip((keeper, plain), states, strict=True))
-        assert [x.shape[2] for x in blocks] == keeper.widths(length)
-        joined = jax.tree.map(lambda *x: np.concatenate(x, axis=2), *blocks)
-        for got, want in zip(jax.tree.leaves(joined), jax.tree.leaves(whole), strict=True):
-            assert np.array_equal(got, want) and np.abs(want.astype(np.float32)).max() > 0
+        for axis, some, one in zip((KEYS, VALUES), blocks, whole, strict=True):
+            assert [x.shape[axis] for x in some] == keeper.widths(length)
+            joined = jax.tree.map(partial(lambda *x, axis: np.concatenate(x, axis=axis), axis=axis), *some)
+            for got, want in zip(jax.tree.leaves(joined), jax.tree.leaves(one[0]), strict=True):
+                assert np.array_equal(got, want) and np.abs(want.astype(np.float32)).max() > 0
     dtypes = {str(x.dtype) for x in jax.tree.leaves(states)}
     assert dtypes == {"auto": {"float32"}, "int8": {"int8", "float32"}}.get(kept, {kept})
 

@@ -122,7 +122,7 @@ def test_decoding(one, eight):
     assert _shards(view.outer["embed"]["kernel"]) == (V // tensor, D)
     assert _shards(layer["attention"]["qkv"]["kernel"]) == (K // tensor, H // K + 2, d, D)
     assert _shards(layer["mlp"]["gate_up"]["kernel"]) == (2, F // tensor, D)
-    assert _shards(prompt_cache[1][0][0]) == (8 // rows, K // tensor, 6, d)
+    assert _shards(prompt_cache[1][0][0]) == (8 // rows, K // tensor, d, 6)
     assert _shards(cache[1][1][0]) == (16 // rows, K // tensor, 3, d)
     for g, w in zip(got, run(*one)[3], strict=True):
         assert relative(g, w) < NOISE
