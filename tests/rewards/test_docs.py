@@ -28,10 +28,12 @@ def test_examples_print_what_is_written_beside(example):
     assert written and out.getvalue().splitlines() == written
 
 
-def test_the_example_of_a_config_loads():
-    (table,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
-    config = TrainConfig.from_tables(tomllib.loads(table))
-    assert set(config.reward.options) < {name.rpartition(":")[2] for name in config.reward.functions}
+def test_the_examples_of_configs_load():
+    tables = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    configs = [TrainConfig.from_tables(tomllib.loads(table)) for table in tables]
+    for reward in (config.reward for config in configs):
+        assert {*reward.options, *reward.stream} < {name.rpartition(":")[2] for name in reward.functions}
+    assert any(config.reward.options for config in configs) and any(config.reward.stream for config in configs)
 
 
 def test_every_builtin_and_each_of_its_parameters_is_in_the_table():
