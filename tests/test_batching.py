@@ -39,7 +39,7 @@ def layout_of(kind: str, rollout: Rollout, row_multiple: int = 1) -> Layout:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 @given(rollout=rollouts(), row_multiple=st.sampled_from([1, 4]))
 def test_each_completion_token_is_trained_once_in_its_own_context(kind, rollout, row_multiple):
     advantages = np.arange(len(rollout.tokens), dtype=np.float32) + 0.5

@@ -85,7 +85,7 @@ def test_bootstrap_is_the_distribution_of_resampled_means():
     assert ranks[1] <= 0.975 + 0.01 and np.mean(every <= high) >= 0.975 - 0.01
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.integers(0, 2**32))
 def test_bootstrap_lies_within_the_values_and_repeats(values, seed):
     low, high = bootstrap_interval(values, draws=50, seed=seed)

@@ -26,7 +26,7 @@ def test_the_first_signal_only_asks(number, status, capfd):
     assert isinstance(ended, Interrupted) and isinstance(ended, KeyboardInterrupt)
     assert (ended.step, ended.status) == (3, status)
     assert "after step 3" in str(ended) and "runs/a" in str(ended)
-    said, patience = "", time.monotonic() + 10
+    said, patience = "", time.monotonic() + 120
     while f"{number.name}: the step at hand" not in said:
         assert time.monotonic() < patience
         said += capfd.readouterr().err
@@ -36,7 +36,7 @@ def test_what_it_says_goes_above_a_live_display(capfd):
     said = queue.SimpleQueue()
     with contextlib.redirect_stderr(SimpleNamespace(write=said.put, flush=lambda: None)), Interrupt():
         os.kill(os.getpid(), signal.SIGINT)
-        assert "once more stops at once" in said.get(timeout=10)
+        assert "once more stops at once" in said.get(timeout=120)
     assert capfd.readouterr().err == ""
 
 

@@ -13,7 +13,7 @@ from grpo_jax.metrics import JsonLines, Phases, TokenTexts, completion_rows, pro
 SEPARATORS = "a\u2028b\x85c\x0bd\x0ce\x1cf\u2029\r\n"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(st.characters(exclude_categories=()))))
 def test_any_text_is_read_back(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"
@@ -96,7 +96,7 @@ def byte_level():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.text(max_size=12))
 def test_characters_of_several_tokens_are_whole(byte_level, text):
     ids = byte_level(text, add_special_tokens=False)["input_ids"] + [byte_level.eos_token_id]
@@ -104,7 +104,7 @@ def test_characters_of_several_tokens_are_whole(byte_level, text):
     assert len(texts) == len(ids) and "".join(texts) == f"{text}<eos>"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.integers(0, 256), max_size=12))
 def test_any_tokens_give_one_text_each(byte_level, ids):
     texts = TokenTexts(byte_level)(ids)

@@ -15,7 +15,7 @@ BFLOAT16 = 2.0**-8
 
 
 def few(examples):
-    return settings(derandomize=True, deadline=None, max_examples=examples)
+    return settings(derandomize=True, max_examples=examples)
 
 
 def assert_close(got, expected, tolerance, floor=0.01):

@@ -91,7 +91,7 @@ class Browser:
         assert "exceptionDetails" not in out, out["exceptionDetails"]
         return out["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = 30):
+    def wait_for(self, condition: str, seconds: float = 120):
         """Until an expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(condition)):

@@ -127,7 +127,7 @@ def test_sorting_paging_filtering_and_search(browser, opened, tmp_path, count):
     write_many_completions(directory / rundir.COMPLETIONS, count, tokens=10 if count > 1000 else 60)
     opened(directory)
     busy = browser.busy()
-    assert busy < 2  # 1.3 s for 100,000 completions where this was written, 0.7 s of it Plotly's
+    assert browser.run("document.querySelectorAll('*').length") < 3000  # one page of them, however many there are
     shown, ready = (browser.run(f"document.documentElement.dataset.{name}") for name in ("shown", "ready"))
     size = (directory / "report.html").stat().st_size / 1e6
     print(f"{count:,} completions: {size:.1f} MB, shown in {shown} ms, with curves in {ready} ms, {busy:.2f} s busy")

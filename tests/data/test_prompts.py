@@ -30,7 +30,7 @@ MIXED = [5, 3, 8, 7, 2, 4, 0, 1, 14, 12, 13, 16]
 """Of 5 and 7 rows, weights 3 and 1, seed 5: a word of Philox4x64 keyed by SeedSequence([5, 0, 0, 1]) for each draw."""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(1, 13),
     per_step=st.integers(1, 17),
@@ -53,7 +53,7 @@ def test_each_row_once_per_epoch_whatever_the_batch(count, per_step, seed, shuff
         assert drawn[:kept] == list(range(kept))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=st.integers(0, 12), more=st.integers(1, 5))
 def test_restoring_is_the_same_as_not_stopping(steps, more):
     whole = draw(stream(), steps + more)
@@ -126,7 +126,7 @@ def mixture(seed=5, per_step=3, weights=(3.0, 1.0), counts=(5, 7), limits=(None,
     return PromptStream(sets, weights, seed=seed, prompts_per_step=per_step, shuffle=shuffle)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), weight=st.floats(0.2, 5), limit=st.integers(1, 7), shuffle=st.booleans())
 def test_a_mixture_goes_through_each_dataset_in_epochs_of_its_own(seed, weight, limit, shuffle):
     drawn = draw(mixture(seed, 1, (weight, 1.0), limits=(None, limit), shuffle=shuffle), 60)

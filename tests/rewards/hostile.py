@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 CALLS: list[int] = []
 
@@ -115,13 +116,17 @@ def process_id(completions, **columns):
     return [float(os.getpid())] * len(completions)
 
 
-def slow(completions, **columns):
-    time.sleep(0.5)
+def meets_others(completions, **columns):
+    """1 once ``count`` processes are in here at the same time; they find each other by files in ``place``."""
+    place = Path(columns["place"][0])
+    (place / str(os.getpid())).touch()
+    while len(list(place.iterdir())) < columns["count"][0]:
+        time.sleep(0.01)
     return [1.0] * len(completions)
 
 
 def slow_per_row(completions, **columns):
-    time.sleep(0.1 * len(completions))
+    time.sleep(0.25 * len(completions))
     return [1.0] * len(completions)
 
 

@@ -242,6 +242,6 @@ def test_a_script_without_a_main_guard_runs_once_and_in_a_loop(tmp_path):
             """
         )
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, cwd=tmp_path)
     said = "('one', 'one_2', 'regex', 'waits') [[1.0], [1.0], [1.0], [0.0]] {'n': 2.0}"
     assert (done.stdout.splitlines(), done.stderr, done.returncode) == (["script runs", said], "", 0)

@@ -19,7 +19,7 @@ CALLS = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(CALLS, st.integers(0, 2**32 - 1))
 def test_every_rollout_finds_its_way_through_the_shapes(call, seed):
     prompts, samples, limit, slots, shards, refill = call
