@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
@@ -24,7 +24,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-settings.register_profile("here", deadline=None)  # a test's verdict does not hang on how busy the machine is
+# A test's verdict does not hang on how busy the machine is.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
 MOST_MAPS = 16_000
