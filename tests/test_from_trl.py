@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.config import Section, TrainConfig
+from grpo_jax.config.fields import unknown
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "FROM_TRL.md").read_text()
@@ -54,3 +55,17 @@ def test_a_row_names_fields_of_ours_or_says_why_not(section, cells):
         name for name in CODE.findall(how) if re.fullmatch(r"(data|model|rollout|algorithm|optim|mesh)\.[\w.]+", name)
     ]
     assert set(dotted) <= set(fields())
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        (name, CODE.findall(cells[1])[0])
+        for section, cells in rows()
+        if cells[1]
+        for name in CODE.findall(cells[0])
+        if name not in TrainConfig.model_fields
+    ],
+)
+def test_who_types_a_name_of_trl_is_told_ours(name, ours):
+    assert ours in unknown(TrainConfig, name)

@@ -31,18 +31,94 @@ ELSEWHERE = {
     "epsilon_high": "algorithm.loss.clip_high",
     "loss_type": "algorithm.preset",
     "scale_rewards": "algorithm.advantage",
+    "multi_objective_aggregation": "algorithm.advantage",
+    "mask_truncated_completions": "algorithm.overlong_filter",
+    "importance_sampling_level": "algorithm.loss.ratio_level",
+    "vllm_importance_sampling_correction": "algorithm.loss.correction",
+    "vllm_importance_sampling_mode": "algorithm.loss.correction",
+    "vllm_importance_sampling_clip_max": "algorithm.loss.correction_high",
+    "vllm_importance_sampling_cap": "algorithm.loss.correction_high",
+    "vllm_importance_sampling_clip_min": "algorithm.loss.correction_low",
+    "off_policy_mask_threshold": "algorithm.loss.off_policy_threshold",
+    "use_bias_correction_kl": "algorithm.loss.kl_estimator",
+    "top_entropy_quantile": "algorithm.loss.entropy_top",
+    "sapo_temperature_neg": "algorithm.loss.sapo_tau_neg",
+    "sapo_temperature_pos": "algorithm.loss.sapo_tau_pos",
+    "use_adaptive_entropy": "algorithm.adaptive_entropy.target",
+    "entropy_target": "algorithm.adaptive_entropy.target",
+    "entropy_coef_min": "algorithm.adaptive_entropy.low",
+    "entropy_coef_max": "algorithm.adaptive_entropy.high",
+    "entropy_coef_delta": "algorithm.adaptive_entropy.delta",
+    "sync_ref_model": "algorithm.reference_follow.every",
+    "ref_model_sync_steps": "algorithm.reference_follow.every",
+    "ref_model_mixup_alpha": "algorithm.reference_follow.alpha",
     "num_generations": "rollout.num_samples",
+    "generation_batch_size": "rollout.prompts_per_step",
+    "batch_size": "rollout.prompts_per_step",
     "max_completion_length": "rollout.max_new_tokens",
+    "max_completion_len": "rollout.max_new_tokens",
+    "max_tokens": "rollout.max_new_tokens",
+    "generation_kwargs": "rollout.stop_strings",
+    "num_generations_eval": "eval.samples",
     "max_steps": "steps",
+    "num_train_epochs": "steps",
     "num_iterations": "optim.epochs",
+    "steps_per_generation": "optim.minibatches",
     "per_device_train_batch_size": "optim.microbatch_rows",
     "gradient_accumulation_steps": "optim.microbatch_rows",
+    "pad_to_multiple_of": "batch.row_len",
+    "lr_scheduler_type": "optim.schedule",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_epsilon": "optim.eps",
+    "router_aux_loss_coef": "model.router_coef",
     "reward_weights": "reward.weights",
     "reward_funcs": "reward.functions",
     "model_name_or_path": "model.path",
+    "model_init_kwargs": "model.dtype",
+    "processing_class": "model.path",
+    "peft_config": "model.lora.rank",
+    "bf16": "model.dtype",
+    "tf32": "model.matmul_precision",
+    "gradient_checkpointing": "model.remat",
+    "gradient_checkpointing_kwargs": "model.remat",
+    "activation_checkpointing": "model.remat",
+    "activation_checkpointing_kwargs": "model.remat",
     "dataset_name": "data.train",
+    "train_dataset": "data.train",
+    "eval_dataset": "data.eval",
+    "max_prompt_length": "data.max_prompt_len",
+    "shuffle_dataset": "data.shuffle",
+    "train_sampling_strategy": "data.shuffle",
+    "data_seed": "seed",
+    "use_cpu": "mesh.platform",
+    "fsdp_config": "mesh.fsdp",
+    "deepspeed": "mesh.fsdp",
+    "parallelism_config": "mesh.fsdp",
+    "accelerator_config": "mesh.fsdp",
+    "local_rank": "mesh.process_id",
+    "full_determinism": "deterministic",
+    "do_eval": "eval.every",
+    "eval_on_start": "eval.every",
+    "eval_steps": "eval.every",
+    "eval_strategy": "eval.every",
+    "metric_for_best_model": "eval.stop.metric",
+    "greater_is_better": "eval.stop.metric",
+    "save_steps": "checkpoint.every",
+    "save_strategy": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "output_dir",
+    "log_completions": "log.completions",
+    "num_completions_to_print": "log.completions",
+    "report_to": "log.tensorboard",
+    "run_name": "log.wandb",
+    "project": "log.wandb",
+    "disable_tqdm": "log.quiet",
+    "log_level": "log.quiet",
+    "log_level_replica": "log.quiet",
+    "optimizers": "optim.learning_rate",
 }
-"""What other trainers call a field, for the advice to one who types it."""
+"""What other trainers call a field, for the advice to one who types it: all that docs/FROM_TRL.md gives a field for."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +211,7 @@ def unknown(model: type[BaseModel], path: str) -> str:
         [f"{table}.{end}".lstrip(".") for end in difflib.get_close_matches(last, beside, 1, 0.7)]
         or ends.get(last)
         or [ELSEWHERE[name] for name in (last,) if name in ELSEWHERE]
-        or difflib.get_close_matches(path, [*known, *tables], 1, 0.75)
+        or difflib.get_close_matches(path, [*known, *tables], 1, 0.8)
         or [name for end in difflib.get_close_matches(last, ends, 1, 0.75) for name in ends[end]]
     )
     advice = f"did you mean {' or '.join(near[:3])}?" if near else "--help shows all fields."
@@ -229,10 +305,15 @@ def _kind_needed(item: Mapping[str, Any]) -> str:
 
 
 def _choice(model: type[BaseModel], path: str, value: Any) -> str:
-    kinds = find(model, path).kinds
+    kinds = [kind for each in find(model, path.partition("[")[0]).kinds for kind in _members(each)]
     legal = [str(name) for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
     near = difflib.get_close_matches(str(value), legal, 1, 0.6)
     return (f"did you mean {near[0]}? It takes " if near else "use one of ") + ", ".join(legal)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """What the places of a list take; of any other type the type itself."""
+    return kinds_of(get_args(kind)[0]) if get_origin(kind) is tuple else (kind,)
 
 
 def _doc(model: type[BaseModel], path: str) -> str:
