@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from grpo_jax.config.learning import CriticConfig
+from grpo_jax.config.learning import AlgorithmConfig, CriticConfig
 
 if TYPE_CHECKING:
     from grpo_jax.config import TrainConfig
@@ -18,6 +18,14 @@ ALONE = ("raw", "batch_mean", "reinforce_pp", "remax", "gae")
 PER_SEQUENCE = ("gmpo", "vespo")
 """Surrogates whose advantage must be the same for all tokens of a completion."""
 
+OF_SURROGATE = {
+    "sapo": ("sapo_tau_pos", "sapo_tau_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    "clip_cov": ("clip_cov_share", "clip_cov_low", "clip_cov_high"),
+    "kl_cov": ("kl_cov_share", "kl_cov_coef"),
+}
+"""Fields of algorithm.loss that one surrogate alone reads."""
+
 
 def refusals(config: TrainConfig) -> list[Refusal]:
     """Every combination that cannot run or means nothing, and whether this config has it."""
@@ -28,6 +36,7 @@ def refusals(config: TrainConfig) -> list[Refusal]:
         *_critic(config),
         *_adapters(config),
         *_moving(config),
+        *_idle(config),
     ]
 
 
@@ -106,6 +115,12 @@ def _rewards(config: TrainConfig) -> list[Refusal]:
             f"got {algorithm.overlong_buffer_len} with soft_overlong = {algorithm.soft_overlong} and completions of up "
             f"to {rollout.max_new_tokens} tokens; it is the length of soft_overlong's ramp before that limit. Switch "
             "soft_overlong on and choose at most the limit, or set it to none.",
+        ),
+        (
+            "algorithm.soft_overlong",
+            algorithm.soft_overlong and "soft_overlong" in reward.functions,
+            "is on, and so is the reward function of that name, so that a long completion would pay twice. Keep one: "
+            "set it false, or take soft_overlong out of reward.functions.",
         ),
         (
             "algorithm.soft_overlong",
@@ -237,6 +252,49 @@ def _moving(config: TrainConfig) -> list[Refusal]:
             f"moves the reference model, {without}.",
         ),
     ]
+
+
+def _idle(config: TrainConfig) -> list[Refusal]:
+    """Fields that were changed and that nothing reads as the others stand: a run would ignore them in silence."""
+    algorithm, loss, stop = config.algorithm, config.loss, config.eval.stop
+    rows = [
+        ("algorithm", ("max_rounds", "spread_of"), algorithm.dynamic_sampling, "algorithm.dynamic_sampling is off"),
+        ("algorithm.loss", ("correction_low", "correction_high"), loss.correction, "algorithm.loss.correction is none"),
+        ("algorithm.adaptive_kl", ("horizon",), algorithm.adaptive_kl.target, "its target is none"),
+        (
+            "algorithm.adaptive_entropy",
+            ("delta", "low", "high"),
+            algorithm.adaptive_entropy.target,
+            "its target is none",
+        ),
+        ("algorithm.reference_follow", ("alpha",), algorithm.reference_follow.every, "its every is none"),
+        ("model.lora", ("alpha", "targets"), config.model.lora.rank, "model.lora.rank is none: there are no adapters"),
+        ("mesh", ("coordinator", "process_count", "process_id"), config.mesh.distributed, "mesh.distributed is off"),
+        ("eval.stop", ("metric",), stop.patience or stop.at_least is not None, "its patience and at_least are none"),
+        ("eval.stop", ("min_delta",), stop.patience, "its patience is none"),
+    ]
+    if isinstance(loss.surrogate, str):  # one of the user's own may read any of them
+        why = f"algorithm.loss.surrogate is {loss.surrogate!r}"
+        rows += [("algorithm.loss", own, loss.surrogate == name, why) for name, own in OF_SURROGATE.items()]
+    return [
+        (
+            f"{table}.{name}",
+            not read and _changed(config, table, name),
+            f"would change nothing, as {why}. Leave it out.",
+        )
+        for table, names, read, why in rows
+        for name in names
+    ]
+
+
+def _changed(config: TrainConfig, table: str, name: str) -> bool:
+    """Whether a field has another value than its table's default, or its preset's."""
+    first, *rest = table.split(".")
+    ours, usual = getattr(config, first), type(getattr(config, first))
+    default = AlgorithmConfig(preset=config.algorithm.preset) if usual is AlgorithmConfig else usual()
+    for part in (*rest, name):
+        ours, default = getattr(ours, part), getattr(default, part)
+    return ours != default
 
 
 def _nearest_that_divide(parts: int, whole: int) -> str:
