@@ -4,51 +4,112 @@ Three kinds of rows give the same log-probability to each completion token: `pad
 `packed` several behind each other, `group` a prompt once with several of its completions, which attend to it.
 """
 
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from grpo_jax.types import Rollout, TrainBatch
+from grpo_jax.types import Rollout, Shared, TrainBatch
 
 RowKind = Literal["padded", "packed", "group"]
-ROW_COUNT_STEPS = 8
-"""Packed rows come in multiples of this part of the padded row count, so that few shapes are ever compiled."""
+ROW_COUNTS = 8
+"""Most numbers of rows that an update of packed or group rows can have, so that few shapes are ever compiled."""
+BLOCKS = 4
+"""Of a group row, unless its length is given: one more makes rows that are half empty, one less repeats prompts."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The shapes of a run's updates, all known before it starts.
+    """The shapes of a run's updates, all known before it starts; `layout_for` makes one.
 
     Attributes:
         kind: how completions share rows.
         row_len: tokens in a row (T).
         sample_count: completions in one update.
         row_multiple: what the number of rows must divide by (devices times microbatches).
+        samples: completions of a prompt (G).
+        shared: how group rows are cut; None for the others.
     """
 
     kind: RowKind
     row_len: int
     sample_count: int
     row_multiple: int = 1
+    samples: int = 1
+    shared: Shared | None = None
 
     @property
     def row_counts(self) -> tuple[int, ...]:
         """Every number of rows an update can have, ascending."""
-        if self.kind == "padded":
-            return (_round_up(self.sample_count, self.row_multiple),)
-        steps = range(1, ROW_COUNT_STEPS + 1)
-        return tuple(
-            sorted({_round_up(-(-self.sample_count * s // ROW_COUNT_STEPS), self.row_multiple) for s in steps})
+        most, least = self.sample_count, self.sample_count
+        if self.shared is not None:
+            blocks = (self.row_len - self.shared.prompt_len) // self.shared.block_len
+            least = self.sample_count // self.samples
+            most = least * -(-self.samples // blocks)
+        elif self.kind == "packed":
+            least = -(-self.sample_count // ROW_COUNTS)
+        ratio = (most / least) ** (1 / (ROW_COUNTS - 1))
+        steps = (min(most, math.ceil(least * ratio**step - 1e-9)) for step in range(ROW_COUNTS))
+        return tuple(sorted({_round_up(count, self.row_multiple) for count in (*steps, most)}))
+
+
+def layout_for(
+    kind: RowKind,
+    prompt_len: int,
+    completion_len: int,
+    sample_count: int,
+    samples: int,
+    row_multiple: int = 1,
+    row_len: int | None = None,
+) -> Layout:
+    """The shapes of updates whose prompts and completions are at most so long.
+
+    Args:
+        kind: how completions share rows.
+        prompt_len: most tokens of a prompt.
+        completion_len: most tokens of a completion.
+        sample_count: completions in one update.
+        samples: completions of a prompt.
+        row_multiple: what the number of rows must divide by.
+        row_len: most tokens in a row; None chooses. Padded rows have no choice.
+
+    Raises:
+        ValueError: a prompt with its completion could be longer than ``row_len``.
+    """
+    width = prompt_len + completion_len
+    if row_len is not None and row_len < width:
+        raise ValueError(
+            f"batch.row_len: got {row_len}, and a prompt with its completion has up to {prompt_len} + "
+            f"{completion_len} tokens; make it {width} or more, or data.max_prompt_len or rollout.max_new_tokens less."
         )
+    if kind != "group":
+        whole = width if kind == "padded" else row_len or 2 * width
+        return Layout(kind, whole, sample_count, row_multiple, samples)
+    behind = row_len - prompt_len if row_len else min(BLOCKS, samples) * completion_len
+    blocks = behind // completion_len
+    shared = Shared(prompt_len, behind // blocks)
+    return Layout(kind, prompt_len + blocks * shared.block_len, sample_count, row_multiple, samples, shared)
 
 
-@dataclass(frozen=True)
-class _Item:
-    """Completions that share one prompt's tokens in a row: the samples' rows of the rollout."""
+class _Spot(NamedTuple):
+    """Where a completion goes in its row, and the prompt it goes on from.
 
-    samples: tuple[int, ...]
-    length: int
+    Attributes:
+        sample: its row of the rollout.
+        prompt: first column of the prompt.
+        column: its own first column.
+        segment: its own.
+        context: the prompt's segment where that is another, 0 where it is the same.
+    """
+
+    sample: int
+    prompt: int
+    column: int
+    segment: int
+    context: int = 0
 
 
 def pack(rollout: Rollout, advantages: np.ndarray, mask: np.ndarray, layout: Layout) -> TrainBatch:
@@ -64,22 +125,17 @@ def pack(rollout: Rollout, advantages: np.ndarray, mask: np.ndarray, layout: Lay
         TrainBatch of NumPy arrays; its number of rows is one of ``layout.row_counts``.
 
     Raises:
-        ValueError: a prompt with its completion is longer than a row.
+        ValueError: a prompt or a completion is longer than the layout is for.
     """
-    longest = int((rollout.prompt_len + rollout.completion_len).max())
-    if longest > layout.row_len:
-        raise ValueError(
-            f"batch.row_len: a prompt with its completion has {longest} tokens and a row holds {layout.row_len}. "
-            "Make batch.row_len larger, or data.max_prompt_len and rollout.max_new_tokens smaller."
-        )
-    rows = _rows(rollout, layout)
+    _check(rollout, layout)
+    rows = list(_ROWS[layout.kind](rollout, layout))
     count = next(c for c in layout.row_counts if c >= len(rows))
     batch = _empty(count, layout)
-    for row, items in enumerate(rows):
-        column, segment = 0, 1
-        for item in items:
-            column, segment = _place(batch, row, column, segment, item, rollout, advantages, mask, layout.kind)
-    return TrainBatch(**batch)
+    for row, spots in enumerate(rows):
+        arrays = {name: array[row] for name, array in batch.items() if array is not None}
+        for spot in spots:
+            _place(arrays, spot, rollout, advantages, mask)
+    return TrainBatch(**batch, shared=layout.shared)
 
 
 def minibatches(rollout: Rollout, count: int) -> list[slice]:
@@ -88,44 +144,75 @@ def minibatches(rollout: Rollout, count: int) -> list[slice]:
     return [slice(i * size, (i + 1) * size) for i in range(count)]
 
 
-def _rows(rollout: Rollout, layout: Layout) -> list[list[_Item]]:
-    lengths = (rollout.prompt_len + rollout.completion_len).tolist()
-    if layout.kind == "padded":
-        return [[_Item((n,), lengths[n])] for n in range(len(lengths))]
-    if layout.kind == "packed":
-        items = [_Item((n,), lengths[n]) for n in range(len(lengths))]
-    else:
-        items = _share_prompts(rollout, layout.row_len)
-    return _first_fit(items, layout.row_len)
+def _check(rollout: Rollout, layout: Layout) -> None:
+    parts = [("a prompt with its completion", rollout.prompt_len + rollout.completion_len, layout.row_len)]
+    if layout.shared is not None:
+        parts = [
+            ("a prompt", rollout.prompt_len, layout.shared.prompt_len),
+            ("a completion", rollout.completion_len, layout.shared.block_len),
+        ]
+    for name, lengths, room in parts:
+        if lengths.max() > room:
+            raise ValueError(
+                f"batch.row_len: {name} has {lengths.max()} tokens and a row holds {room}. "
+                "Make batch.row_len larger, or data.max_prompt_len and rollout.max_new_tokens smaller."
+            )
 
 
-def _share_prompts(rollout: Rollout, row_len: int) -> list[_Item]:
-    """Neighbouring rows with the same prompt become one item, as many as fit in a row."""
-    items: list[_Item] = []
-    key: bytes | None = None
-    for n, (start, extra) in enumerate(zip(rollout.prompt_len, rollout.completion_len, strict=True)):
-        prompt = rollout.tokens[n, :start].tobytes()
-        if prompt == key and items[-1].length + int(extra) <= row_len:
-            items[-1] = _Item((*items[-1].samples, n), items[-1].length + int(extra))
-        else:
-            items.append(_Item((n,), int(start + extra)))
-        key = prompt
-    return items
+def _padded(rollout: Rollout, layout: Layout) -> Iterator[list[_Spot]]:
+    for n, start in enumerate(rollout.prompt_len.tolist()):
+        yield [_Spot(n, 0, start, 1)]
 
 
-def _first_fit(items: list[_Item], row_len: int) -> list[list[_Item]]:
-    """First fit, longest first; ties keep their order, so the rows depend on the lengths only."""
-    rows: list[list[_Item]] = []
-    room: list[int] = []
-    for item in sorted(items, key=lambda item: -item.length):
-        row = next((r for r, free in enumerate(room) if free >= item.length), None)
-        if row is None:
-            rows.append([item])
-            room.append(row_len - item.length)
-        else:
-            rows[row].append(item)
-            room[row] -= item.length
-    return rows
+def _packed(rollout: Rollout, layout: Layout) -> Iterator[list[_Spot]]:
+    lengths = rollout.prompt_len + rollout.completion_len
+    for row in _first_fit(range(len(lengths)), lengths, layout.row_len):
+        spots: list[_Spot] = []
+        column = 0
+        for n in row:
+            spots.append(_Spot(n, column, column + int(rollout.prompt_len[n]), len(spots) + 1))
+            column += int(lengths[n])
+        yield spots
+
+
+def _group(rollout: Rollout, layout: Layout) -> Iterator[list[_Spot]]:
+    """Each prompt's completions in blocks that none crosses, and as many blocks a row as it has."""
+    shared = layout.shared
+    assert shared is not None
+    prompt = lambda n: rollout.tokens[n, : rollout.prompt_len[n]].tobytes()  # noqa: E731
+    for _, samples in groupby(range(len(rollout.tokens)), prompt):
+        blocks = _first_fit(samples, rollout.completion_len, shared.block_len)
+        size = (layout.row_len - shared.prompt_len) // shared.block_len
+        for first in range(0, len(blocks), size):
+            spots: list[_Spot] = []
+            for place, block in enumerate(blocks[first : first + size]):
+                column = shared.prompt_len + place * shared.block_len
+                for n in block:
+                    spots.append(_Spot(n, 0, column, len(spots) + 2, 1))
+                    column += int(rollout.completion_len[n])
+            yield spots
+
+
+_ROWS: Mapping[RowKind, Callable[[Rollout, Layout], Iterator[list[_Spot]]]] = {
+    "padded": _padded,
+    "packed": _packed,
+    "group": _group,
+}
+
+
+def _first_fit(items: Any, lengths: np.ndarray, room: int) -> list[list[int]]:
+    """Bins of ``room``: first fit, longest first; ties keep their order, so the bins depend on the lengths only."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for item in sorted(items, key=lambda item: -lengths[item]):
+        length = int(lengths[item])
+        place = next((i for i, left in enumerate(free) if left >= length), len(bins))
+        if place == len(bins):
+            bins.append([])
+            free.append(room)
+        bins[place].append(item)
+        free[place] -= length
+    return bins
 
 
 def _empty(count: int, layout: Layout) -> dict[str, Any]:
@@ -146,43 +233,28 @@ def _empty(count: int, layout: Layout) -> dict[str, Any]:
 
 
 def _place(
-    batch: dict[str, Any],
-    row: int,
-    column: int,
-    segment: int,
-    item: _Item,
-    rollout: Rollout,
-    advantages: np.ndarray,
-    mask: np.ndarray,
-    kind: RowKind,
-) -> tuple[int, int]:
-    """Write one item from ``column`` on; returns the next free column and segment id."""
-    start = int(rollout.prompt_len[item.samples[0]])
-    prompt = slice(column, column + start)
-    last = column + start - 1
-    arrays = {name: array[row] for name, array in batch.items() if array is not None}
-    arrays["tokens"][prompt] = rollout.tokens[item.samples[0], :start]
+    arrays: dict[str, np.ndarray], spot: _Spot, rollout: Rollout, advantages: np.ndarray, mask: np.ndarray
+) -> None:
+    """Write one completion and its prompt into a row; a prompt that others have written is written again, the same."""
+    n = spot.sample
+    start, extra = int(rollout.prompt_len[n]), int(rollout.completion_len[n])
+    prompt, there = slice(spot.prompt, spot.prompt + start), slice(spot.column, spot.column + extra)
+    here = slice(start, start + extra)
+    arrays["tokens"][prompt] = rollout.tokens[n, :start]
     arrays["positions"][prompt] = np.arange(start)
-    arrays["segment_ids"][prompt] = segment
-    column, context = column + start, segment
-    for n in item.samples:
-        extra = int(rollout.completion_len[n])
-        there, here = slice(column, column + extra), slice(start, start + extra)
-        if kind == "group":
-            segment += 1
-            arrays["context_ids"][there] = context
-            if extra:
-                arrays["source"][column] = last
-        arrays["tokens"][there] = rollout.tokens[n, here]
-        arrays["positions"][there] = np.arange(start, start + extra)
-        arrays["segment_ids"][there] = segment
-        arrays["mask"][there] = mask[n, here]
-        arrays["advantages"][there] = advantages[n]
-        arrays["sampler_logp"][there] = rollout.sampler_logp[n, here]
-        arrays["sample_ids"][there] = n
-        arrays["places"][there] = np.arange(extra)
-        column += extra
-    return column, segment + 1
+    arrays["segment_ids"][prompt] = spot.context or spot.segment
+    if spot.context:
+        arrays["context_ids"][there] = spot.context
+    if extra:
+        arrays["source"][spot.column] = spot.prompt + start - 1
+    arrays["tokens"][there] = rollout.tokens[n, here]
+    arrays["positions"][there] = np.arange(start, start + extra)
+    arrays["segment_ids"][there] = spot.segment
+    arrays["mask"][there] = mask[n, here]
+    arrays["advantages"][there] = advantages[n]
+    arrays["sampler_logp"][there] = rollout.sampler_logp[n, here]
+    arrays["sample_ids"][there] = n
+    arrays["places"][there] = np.arange(extra)
 
 
 def _round_up(value: int, multiple: int) -> int:

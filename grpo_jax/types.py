@@ -8,7 +8,7 @@ segment. ``mask`` is bool and means "trained"; it comes from lengths, never from
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -62,14 +62,14 @@ class Rollout:
 
     def take(self, rows: Any) -> "Rollout":
         """The rows that a slice or an array of indices picks."""
-        columns = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        columns = [(each.name, getattr(self, each.name)) for each in fields(self)]
         taken: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns}
         return Rollout(**taken)
 
     @staticmethod
     def join(rollouts: "Sequence[Rollout]") -> "Rollout":
         """Rollouts of one width, one behind the other."""
-        columns = [(field.name, [getattr(rollout, field.name) for rollout in rollouts]) for field in fields(Rollout)]
+        columns = [(each.name, [getattr(rollout, each.name) for rollout in rollouts]) for each in fields(Rollout)]
         joined: dict[str, Any] = {name: None if x[0] is None else np.concatenate(x) for name, x in columns}
         return Rollout(**joined)
 
@@ -79,6 +79,20 @@ class Rollout:
         column = np.arange(self.tokens.shape[1])[None, :]
         start = self.prompt_len[:, None]
         return (column >= start) & (column < start + self.completion_len[:, None])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How every row is cut whose completions share one prompt; static, so that scores are made only where they count.
+
+    Attributes:
+        prompt_len: a row's first columns hold the prompt alone.
+        block_len: columns of each of the blocks that follow. A completion lies in one block, and sees nothing outside
+            it but the prompt.
+    """
+
+    prompt_len: int
+    block_len: int
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +116,7 @@ class TrainBatch:
         ref_logp: [N, T] float32 or None: by the frozen reference.
         old_values: [N, T] float32 or None: the critic's value before each token, from before the first update.
         returns: [N, T] float32 or None: what the value is to become; NaN where the completion was not scored.
+        shared: how group rows are cut, static; None for the others.
     """
 
     tokens: jax.Array
@@ -118,6 +133,12 @@ class TrainBatch:
     ref_logp: jax.Array | None = None
     old_values: jax.Array | None = None
     returns: jax.Array | None = None
+    shared: Shared | None = field(default=None, metadata={"static": True})
+
+    @property
+    def rows(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Shared | None]:
+        """What ``Model.hidden`` takes: tokens, positions, segment_ids, context_ids, shared."""
+        return self.tokens, self.positions, self.segment_ids, self.context_ids, self.shared
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.batching import Layout, minibatches, pack
+from grpo_jax.batching import ROW_COUNTS, layout_for, minibatches, pack
 from grpo_jax.types import Rollout
 
 KINDS = ("padded", "packed", "group")
@@ -33,17 +33,17 @@ def rollouts(draw):
     return make_rollout(prompt_lens, draw(st.lists(st.integers(0, LIMIT), min_size=count, max_size=count)), samples)
 
 
-def layout_of(kind: str, rollout: Rollout, row_multiple: int = 1) -> Layout:
-    row_len = PROMPT + LIMIT if kind == "padded" else 2 * (PROMPT + LIMIT) + 1
-    return Layout(kind, row_len, len(rollout.tokens), row_multiple)
+def layout_of(kind: str, rollout: Rollout, row_multiple: int = 1, row_len: int | None = None):
+    samples = int((rollout.tokens[:, 0] == rollout.tokens[0, 0]).sum())
+    return layout_for(kind, PROMPT, LIMIT, len(rollout.tokens), samples, row_multiple, row_len)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(derandomize=True, max_examples=60)
-@given(rollout=rollouts(), row_multiple=st.sampled_from([1, 4]))
-def test_each_completion_token_is_trained_once_in_its_own_context(kind, rollout, row_multiple):
+@given(rollout=rollouts(), row_multiple=st.sampled_from([1, 4]), more=st.sampled_from([None, 0, 5, 9]))
+def test_each_completion_token_is_trained_once_in_its_own_context(kind, rollout, row_multiple, more):
     advantages = np.arange(len(rollout.tokens), dtype=np.float32) + 0.5
-    layout = layout_of(kind, rollout, row_multiple)
+    layout = layout_of(kind, rollout, row_multiple, None if more is None else PROMPT + LIMIT + more)
     batch = pack(rollout, advantages, rollout.completion_mask, layout)
     assert batch.tokens.shape[0] in layout.row_counts and batch.tokens.shape[0] % row_multiple == 0
     trained = batch.tokens[batch.mask]
@@ -63,6 +63,9 @@ def test_each_completion_token_is_trained_once_in_its_own_context(kind, rollout,
         assert batch.positions[row, column] == start + place
         assert batch.tokens[row, batch.source[row, column]] == expected[-1]
         assert seen[batch.source[row, column]]
+        if layout.shared is not None:  # what is seen lies in the prompt's columns and in the token's own block
+            block = lambda place: (place - layout.shared.prompt_len) // layout.shared.block_len  # noqa: E731
+            assert all(block(place) in (-1, block(column)) for place in np.flatnonzero(seen))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,14 +81,26 @@ def test_packing_uses_fewer_rows_and_group_holds_a_prompt_once():
     rollout = make_rollout([6] * 4, [3] * 16, 4)
     rows = {kind: (pack(rollout, np.ones(16), rollout.completion_mask, layout_of(kind, rollout))) for kind in KINDS}
     used = {kind: int((batch.segment_ids > 0).any(1).sum()) for kind, batch in rows.items()}
-    assert used == {"padded": 16, "packed": 6, "group": 4}
+    assert used == {"padded": 16, "packed": 8, "group": 4}
     assert all((rows["group"].tokens == 10_000 * q).sum() == 1 for q in range(1, 5))
+
+
+def test_a_group_too_large_for_a_row_takes_several_and_rows_are_filled():
+    rollout = make_rollout([6] * 4, [LIMIT, LIMIT, 4, 3, LIMIT, 1, 2, LIMIT], 2)
+    wide = pack(rollout, np.ones(8), rollout.completion_mask, layout_of("group", rollout))
+    narrow = pack(rollout, np.ones(8), rollout.completion_mask, layout_of("group", rollout, row_len=PROMPT + LIMIT + 2))
+    assert wide.tokens.shape == (4, PROMPT + 2 * LIMIT) and narrow.tokens.shape[1] == PROMPT + LIMIT + 2
+    prompts = [int((batch.tokens == 10_000).sum()) for batch in (wide, narrow)]
+    assert prompts == [1, 2]  # only the first group has no room in one block of nine
+    assert [(batch.segment_ids > 0).any(1).sum() for batch in (wide, narrow)] == [4, 5]
 
 
 def test_row_counts_are_few_known_and_divide():
     for kind in KINDS:
-        counts = Layout(kind, 40, 100, 12).row_counts
-        assert len(counts) <= 8 and all(c % 12 == 0 for c in counts) and counts[-1] >= 100
+        counts = layout_for(kind, PROMPT, LIMIT, 96, 8, 12).row_counts
+        assert len(counts) <= ROW_COUNTS and all(c % 12 == 0 for c in counts)
+        assert counts[-1] == {"padded": 96, "packed": 96, "group": 24}[kind]
+    assert layout_for("group", PROMPT, LIMIT, 128, 16).row_counts == (8, 10, 12, 15, 18, 22, 27, 32)
 
 
 def test_minibatches_are_equal_and_keep_groups_whole():
@@ -95,7 +110,22 @@ def test_minibatches_are_equal_and_keep_groups_whole():
     np.testing.assert_array_equal(np.concatenate([p.tokens for p in parts]), rollout.tokens)
 
 
-def test_refuses_a_completion_longer_than_a_row():
+@pytest.mark.parametrize(
+    ("kind", "prompt", "completion", "said"),
+    [
+        ("padded", 6, 6, "a prompt with its completion has 13 tokens and a row holds 12"),
+        ("group", 5, 7, "a prompt has 6 tokens and a row holds 5"),
+        ("group", 6, 6, "a completion has 7 tokens and a row holds 6"),
+    ],
+)
+def test_refuses_what_is_longer_than_a_row(kind, prompt, completion, said):
     rollout = make_rollout([6], [7, 7], 2)
-    with pytest.raises(ValueError, match="row_len: a prompt with its completion has 13 tokens and a row holds 12"):
-        pack(rollout, np.ones(2), rollout.completion_mask, Layout("packed", 12, 2))
+    with pytest.raises(ValueError, match=f"row_len: {said}"):
+        pack(rollout, np.ones(2), rollout.completion_mask, layout_for(kind, prompt, completion, 2, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refuses_rows_in_which_the_longest_has_no_room(kind):
+    assert layout_for(kind, PROMPT, LIMIT, 8, 2, row_len=13).row_len == 13
+    with pytest.raises(ValueError, match="row_len: got 12, and a prompt with its completion has up to 6"):
+        layout_for(kind, PROMPT, LIMIT, 8, 2, row_len=12)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from grpo_jax.algo.spec import PRESETS, LossConfig
-from grpo_jax.batching import Layout, pack
+from grpo_jax.batching import layout_for, pack
 from grpo_jax.config import OptimConfig
 from grpo_jax.learner.optimizer import learning_rate, make_optimizer
 from grpo_jax.learner.step import Learner
@@ -44,14 +44,14 @@ def learner_for(model, loss: LossConfig, kind: str = "padded", rows: int | None 
         loss=loss,
         optimizer=optax.chain(optax.sgd(1.0)) if optim is None else make_optimizer(optim, 10, model.decay_mask),
         schedule=learning_rate(optim or OPTIM, 10),
-        scored_len=LIMIT if kind == "padded" else 2 * WIDTH,
+        scored_len=2 * WIDTH if kind == "packed" else LIMIT,
         microbatch_rows=rows,
         segmented=kind != "padded",
     )
 
 
 def batch_for(rollout, kind: str = "padded", multiple: int = 1, mesh=None, mask=None):
-    layout = Layout(kind, WIDTH if kind == "padded" else 2 * WIDTH, len(rollout.tokens), multiple)
+    layout = layout_for(kind, WIDTH - LIMIT, LIMIT, len(rollout.tokens), 4, multiple)
     batch = pack(rollout, ADVANTAGES, rollout.completion_mask if mask is None else mask, layout)
     return batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
 
@@ -64,9 +64,10 @@ def loss_of(preset: str) -> LossConfig:
 def gradient(model, params, rollout, preset="grpo", kind="padded", rows=None, order=None, mesh=None):
     """The update under plain gradient descent, so that the parameters tell the gradient; and its figures."""
     learner = learner_for(model, loss_of(preset), kind, rows, optim=None)
-    batch = batch_for(rollout, kind, rows or 1, mesh)
+    multiple = rows or (1 if mesh is None else mesh.size // mesh.shape["tensor"])
+    batch = batch_for(rollout, kind, multiple, mesh)
     moved = replace(rollout, sampler_logp=rollout.sampler_logp + WAVE)
-    old_logp = batch_for(moved, kind, rows or 1, mesh).sampler_logp
+    old_logp = batch_for(moved, kind, multiple, mesh).sampler_logp
     reference = 2 * batch.sampler_logp - old_logp if preset == "grpo" else None
     batch = replace(batch, old_logp=old_logp, ref_logp=reference)
     if order is not None:
@@ -91,6 +92,7 @@ def test_contract_5_microbatches_packing_and_row_order(tiny, rollout, preset):
         gradient(model, params, rollout, preset, rows=4, order=order),
         gradient(model, params, rollout, preset, "packed", rows=2),
         gradient(model, params, rollout, preset, "group"),
+        gradient(model, params, rollout, preset, "group", rows=2, order=np.array([3, 0, 2, 1])),
     ]:
         assert_close(whole, cut)
         assert same["loss"] == pytest.approx(figures["loss"], abs=1e-5)
@@ -99,15 +101,19 @@ def test_contract_5_microbatches_packing_and_row_order(tiny, rollout, preset):
         assert same["sampler_logp_difference/mean"] == pytest.approx(figures["sampler_logp_difference/mean"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("sizes", "rows"), [((8, 1, 1), 8), ((2, 4, 1), None), ((2, 2, 2), None)])
-def test_contract_5_eight_devices_give_the_gradient_of_one(tiny, rollout, sizes, rows):
+@pytest.mark.parametrize(
+    ("sizes", "kind", "rows"),
+    [((8, 1, 1), "padded", 8), ((2, 4, 1), "padded", None), ((2, 2, 2), "padded", None), ((2, 2, 2), "group", None)],
+)
+def test_contract_5_eight_devices_give_the_gradient_of_one(tiny, rollout, sizes, kind, rows):
     model, params = tiny
     mesh = make_mesh(*sizes)
     spread, spread_params = tiny_model(mesh)
     shards = sizes[0] * sizes[1]
-    assert batch_for(rollout, mesh=mesh).tokens.addressable_shards[0].data.shape == (16 // shards, WIDTH)
+    shape = (16 // shards, WIDTH) if kind == "padded" else (4 // shards, 2 * WIDTH)
+    assert batch_for(rollout, kind, shards, mesh).tokens.addressable_shards[0].data.shape == shape
     one, figures = gradient(model, params, rollout)
-    many, same = gradient(spread, spread_params, rollout, rows=rows, mesh=mesh)
+    many, same = gradient(spread, spread_params, rollout, kind=kind, rows=rows, mesh=mesh)
     assert_close(one, many)
     assert same["loss"] == pytest.approx(figures["loss"], abs=1e-5)
 

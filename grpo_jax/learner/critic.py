@@ -141,4 +141,4 @@ class Critic:
         return batch.mask & ~jnp.isnan(batch.returns)
 
     def _hidden(self, trunk: Params, batch: TrainBatch) -> jax.Array:
-        return self.model.hidden(trunk, batch.tokens, batch.positions, batch.segment_ids, batch.context_ids)
+        return self.model.hidden(trunk, *batch.rows)

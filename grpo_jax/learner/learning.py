@@ -11,7 +11,7 @@ import numpy as np
 
 from grpo_jax import algo
 from grpo_jax.algo import statistics
-from grpo_jax.batching import Layout, minibatches, pack
+from grpo_jax.batching import Layout, layout_for, minibatches, pack
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected
 from grpo_jax.config import LoraConfig, TrainConfig
@@ -37,15 +37,15 @@ def adapted(model: Model, lora: LoraConfig) -> Model:
 
 def layout_of(config: TrainConfig, model: Model, prompt_len: int) -> Layout:
     """The shapes of a run's updates; ``prompt_len`` is what prompts are padded to."""
-    rows = config.rollout.prompts_per_step * config.rollout.num_samples
-    width = prompt_len + config.rollout.max_new_tokens
-    row_len = width if config.batch.rows == "padded" else config.batch.row_len or 2 * width
-    shards = _shards(model)
-    return Layout(
+    rollout, shards = config.rollout, _shards(model)
+    return layout_for(
         config.batch.rows,
-        row_len,
-        rows // config.optim.minibatches,
+        prompt_len,
+        rollout.max_new_tokens,
+        rollout.prompts_per_step * rollout.num_samples // config.optim.minibatches,
+        rollout.num_samples,
         _microbatch_rows(config, shards) or shards,
+        config.batch.row_len,
     )
 
 

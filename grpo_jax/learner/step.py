@@ -227,11 +227,10 @@ class Learner:
         return loss, (sums, maxima)
 
     def _hidden(self, params: Params, batch: TrainBatch) -> jax.Array:
-        return self.model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.context_ids)
+        return self.model.hidden(params, *batch.rows)
 
     def _routed(self, params: Params, batch: TrainBatch) -> tuple[jax.Array, Routed]:
-        rows = (batch.tokens, batch.positions, batch.segment_ids, batch.context_ids)
-        return self.model.hidden_routed(params, *rows, batch.mask)
+        return self.model.hidden_routed(params, *batch.rows, batch.mask)
 
     def _load(self, params: Params, batch: TrainBatch) -> jax.Array:
         """Where the whole step's trained tokens go, [layers, E], from a pass without gradient (contract 5)."""
@@ -243,8 +242,8 @@ class Learner:
     def _read(self, params: Params, hidden: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
         """Log-probability and entropy [N, T] of the trained tokens, 0 elsewhere; only they meet the vocabulary."""
         rows, width = batch.tokens.shape
-        scored = min(self.scored_len, width)
-        column = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :scored]  # [N, S], the trained columns first
+        column = self._scored_columns(batch)
+        scored = column.shape[1]
         trained = jnp.take_along_axis(batch.mask, column, axis=1)
         source = jnp.take_along_axis(batch.source, column, axis=1)
         hidden = jnp.take_along_axis(hidden, source[:, :, None], axis=1)  # [N, S, D]
@@ -267,6 +266,13 @@ class Learner:
             return jnp.zeros((rows, width), kept.dtype).at[jnp.arange(rows)[:, None], column].set(kept)
 
         return place(logp), place(entropy)
+
+    def _scored_columns(self, batch: TrainBatch) -> jax.Array:
+        """[N, S] int32, columns among which all trained ones are."""
+        rows, width = batch.tokens.shape
+        if batch.shared is not None:
+            return jnp.broadcast_to(jnp.arange(batch.shared.prompt_len, width), (rows, width - batch.shared.prompt_len))
+        return jnp.argsort(~batch.mask, axis=1, stable=True)[:, : self.scored_len]
 
     def _split(self, batch: Any) -> Any:
         return split(batch, self.microbatch_rows, self.model.compute.mesh)

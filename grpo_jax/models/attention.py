@@ -1,5 +1,6 @@
 """Attention: projections, masks, and the softmax of training rows and prompts."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,9 +10,13 @@ from flax import nnx
 from grpo_jax.models.layers import Compute, Linear, RMSNorm
 from grpo_jax.models.rotary import Rotation, rotate
 from grpo_jax.models.spec import LayerSpec
+from grpo_jax.types import Shared
 
 MASKED = -1e30
 """Score of a masked column: finite, so that a row without any valid column stays finite with its gradient."""
+
+Read = Callable[[jax.Array, jax.Array, jax.Array, int | None, float | None], jax.Array]
+"""(q, k, v, window, soft-cap) of training rows -> what the queries read."""
 
 
 class Attention(nnx.Module):
@@ -69,24 +74,28 @@ def fuse_attention(params: dict[str, Any]) -> dict[str, Any]:
     return {"qkv": joined} | {name: value for name, value in params.items() if name not in ("q", "k", "v")}
 
 
-def segment_mask(segment_ids: jax.Array, context_ids: jax.Array | None) -> jax.Array:
-    """[N, T] twice -> bool [N, T, T]: query t sees column s.
+def segment_mask(segment_ids: jax.Array, context_ids: jax.Array | None, first: int = 0) -> jax.Array:
+    """[N, T] twice -> bool [N, T - first, T]: query t, of the columns from ``first`` on, sees column s.
 
     s is not after t, is not padding, and is of t's segment or of the segment t has as its context.
     """
     keys, columns = segment_ids[:, None, :], jnp.arange(segment_ids.shape[1])
-    seen = keys == segment_ids[:, :, None]
+    seen = keys == segment_ids[:, first:, None]
     if context_ids is not None:
-        seen |= keys == context_ids[:, :, None]
-    return seen & (keys != 0) & (columns[None, :] <= columns[:, None])
+        seen |= keys == context_ids[:, first:, None]
+    return seen & (keys != 0) & (columns[None, :] <= columns[first:, None])
 
 
 def window_mask(mask: jax.Array, positions: jax.Array, window: int | None) -> jax.Array:
-    """bool [N, T, T] and positions [N, T] -> the mask without what is ``window`` positions back or more.
+    """bool [N, Q, T] and positions [N, T] -> the mask without what is ``window`` positions back or more.
 
-    Positions, not columns, decide: a completion's tokens may lie far from the prompt they share with others.
+    Its queries are the last Q columns. Positions, not columns, decide: a completion's tokens may lie far from the
+    prompt they share with others.
     """
-    return mask if window is None else mask & (positions[:, :, None] - positions[:, None, :] < window)
+    if window is None:
+        return mask
+    queries = positions[:, positions.shape[1] - mask.shape[1] :, None]
+    return mask & (queries - positions[:, None, :] < window)
 
 
 def cap(scores: jax.Array, softcap: float | None) -> jax.Array:
@@ -101,3 +110,61 @@ def attend(
     scores = cap(compute.einsum("ntkgd,nskd->nkgts", q, k, out=jnp.float32), softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
     return compute.einsum("nkgts,nskd->ntkgd", weights.astype(compute.dtype), v)
+
+
+def row_reader(
+    compute: Compute,
+    windows: Iterable[int | None],
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    context_ids: jax.Array | None,
+    shared: Shared | None,
+) -> Read:
+    """How the queries of training rows read keys and values, with one mask for each window.
+
+    Args:
+        compute: dtype, precision, mesh.
+        windows: of the layers.
+        positions, segment_ids, context_ids: [N, T] int32.
+        shared: how group rows are cut: B blocks of c columns behind P of the prompt. Then prompt columns meet
+            themselves alone and each block the prompt and itself: P + c scores a token and not T, one softmax over
+            them as in rows of any other kind.
+    """
+    if shared is None:
+        masks = _masks(windows, positions, segment_ids, context_ids)
+        return lambda q, k, v, window, softcap: attend(compute, q, k, v, masks[window], softcap)
+    prompt, context = shared.prompt_len, None if context_ids is None else _alone(context_ids, shared)
+    before = _masks(windows, positions[:, :prompt], segment_ids[:, :prompt], None)
+    behind = _masks(windows, _alone(positions, shared), _alone(segment_ids, shared), context, prompt)
+
+    def read(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, softcap: float | None) -> jax.Array:
+        first = attend(compute, q[:, :prompt], k[:, :prompt], v[:, :prompt], before[window], softcap)
+        rest = _blocks(q, shared), _alone(k, shared), _alone(v, shared)
+        then = attend(compute, *rest, behind[window], softcap)
+        return jnp.concatenate([first, then.reshape(q.shape[0], -1, *q.shape[2:])], axis=1)
+
+    return read
+
+
+def _masks(
+    windows: Iterable[int | None],
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    context_ids: jax.Array | None,
+    first: int = 0,
+) -> dict[int | None, jax.Array]:
+    mask = segment_mask(segment_ids, context_ids, first)
+    return {window: window_mask(mask, positions, window) for window in dict.fromkeys(windows)}
+
+
+def _blocks(x: jax.Array, shared: Shared) -> jax.Array:
+    """Group rows [N, P + B c, ...] -> their blocks [N B, c, ...]."""
+    return x[:, shared.prompt_len :].reshape(-1, shared.block_len, *x.shape[2:])
+
+
+def _alone(x: jax.Array, shared: Shared) -> jax.Array:
+    """Group rows [N, P + B c, ...] -> each block behind the prompt, [N B, P + c, ...]."""
+    blocks = _blocks(x, shared)
+    shape = (x.shape[0], blocks.shape[0] // x.shape[0], shared.prompt_len, *x.shape[2:])
+    prompts = jnp.broadcast_to(x[:, None, : shared.prompt_len], shape)
+    return jnp.concatenate([prompts.reshape(-1, *shape[2:]), blocks], axis=1)

@@ -22,7 +22,7 @@ from grpo_jax.models.lora import cut, join, merge
 from grpo_jax.models.seats import Seats
 from grpo_jax.models.spec import LoraSpec, ModelSpec
 from grpo_jax.models.transformer import Layout, Routed, View
-from grpo_jax.types import Params
+from grpo_jax.types import Params, Shared
 
 PromptCache = tuple[KeyValue, ...]
 """For each layer keys and values in blocks of columns, P together: of Q prompts, each kept once for its group."""
@@ -200,15 +200,16 @@ class Model:
         positions: jax.Array,
         segment_ids: jax.Array,
         context_ids: jax.Array | None = None,
+        shared: Shared | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm, [N, T, D] in ``dtype``; arguments are [N, T] int32.
 
         A token attends to the columns not after its own whose segment id is not 0 and equals its own segment id or
         its context id, and with a window lie less than it back by position. Positions drive the rotary and the windows
         alone. Columns of segment 0 are padding: their output is finite and
-        means nothing, and nothing reads them.
+        means nothing, and nothing reads them. With ``shared`` no column but those it lets it see is read.
         """
-        rows = (tokens, positions, segment_ids, context_ids)
+        rows = (tokens, positions, segment_ids, context_ids, shared)
         return transformer.hidden_states(self.layout, params, *rows, self.remat)[0]
 
     def hidden_routed(
@@ -218,12 +219,13 @@ class Model:
         positions: jax.Array,
         segment_ids: jax.Array,
         context_ids: jax.Array | None,
+        shared: Shared | None,
         counted: jax.Array,
     ) -> tuple[jax.Array, Routed]:
         """``hidden``, and what the mixtures of experts did: for the load-balance loss and the router's metrics.
 
         Args:
-            params, tokens, positions, segment_ids, context_ids: as of ``hidden``.
+            params, tokens, positions, segment_ids, context_ids, shared: as of ``hidden``.
             counted: [N, T] bool, the tokens whose experts are counted.
 
         Raises:
@@ -231,7 +233,7 @@ class Model:
         """
         if not self.spec.experts:
             raise ValueError(f"got a {self.spec.family} model without experts; nothing is routed; use `hidden`")
-        rows = (tokens, positions, segment_ids, context_ids)
+        rows = (tokens, positions, segment_ids, context_ids, shared)
         hidden, routed = transformer.hidden_states(self.layout, params, *rows, self.remat, counted)
         assert routed is not None
         return hidden, routed

@@ -17,13 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from grpo_jax.mesh import GATHERED_RULES
-from grpo_jax.models.attention import (
-    Attention,
-    attend,
-    fuse_attention,
-    segment_mask,
-    window_mask,
-)
+from grpo_jax.models.attention import Attention, fuse_attention, row_reader
 from grpo_jax.models.decode_attention import Keeper, KeyValue, columns, seen_columns
 from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, fuse_mlp
 from grpo_jax.models.lora import merge
@@ -32,6 +26,7 @@ from grpo_jax.models.rotary import Rotation, rotation
 from grpo_jax.models.rotary_spec import RotarySpec
 from grpo_jax.models.seats import Seats
 from grpo_jax.models.spec import LayerSpec, ModelSpec, Run
+from grpo_jax.types import Shared
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """(q, k, v) -> what the queries read, and anything to carry out of the block."""
@@ -203,6 +198,7 @@ def hidden_states(
     positions: jax.Array,
     segment_ids: jax.Array,
     context_ids: jax.Array | None,
+    shared: Shared | None,
     remat: str,
     counted: jax.Array | None = None,
 ) -> tuple[jax.Array, Routed | None]:
@@ -215,15 +211,16 @@ def hidden_states(
     # The table is not cast: its gradient is summed over tokens, and a sum in bfloat16 stops growing.
     table = use(layout, params["outer"]["embed"], weights["embed"], cast=False)
     outer = nnx.merge(layout.outer, use(layout, params["outer"], weights) | {"embed": table})
-    turns = layout.turns(positions, tokens.shape[1])
-    masks = _masks(layout, segment_mask(segment_ids, context_ids), positions)
+    turns = layout.turns(positions, tokens.shape[1] if shared is None else shared.prompt_len + shared.block_len)
+    windows = [layer.window for layer in layout.layers]
+    read = row_reader(compute, windows, positions, segment_ids, context_ids, shared)
     x = compute.shard(outer.embed(tokens), "batch", None, None)
     mixtures = [layer.moe for layer in layout.layers if layer.moe is not None]
     probs = jnp.zeros((*tokens.shape, mixtures[0].experts), jnp.float32) if counted is not None else None
     loads = []
 
     def mix_in(layer: LayerSpec) -> Mix:
-        return lambda q, k, v: (attend(compute, q, k, v, masks[layer.window], layer.softcap), None)
+        return lambda q, k, v: (read(q, k, v, layer.window, layer.softcap), None)
 
     for index, run in enumerate(layout.runs):
 
@@ -243,12 +240,6 @@ def hidden_states(
         loads += [jnp.stack(load, axis=1).reshape(-1, load[0].shape[-1])] if load else []
     x = compute.shard(outer.norm(x), "batch", None, None)
     return x, None if probs is None else Routed(probs, jnp.concatenate(loads))
-
-
-def _masks(layout: Layout, mask: jax.Array, positions: jax.Array) -> dict[int | None, jax.Array]:
-    """Window -> mask, each made once."""
-    windows = dict.fromkeys(layer.window for layer in layout.layers)
-    return {window: window_mask(mask, positions, window) for window in windows}
 
 
 def _training_block(layout: Layout, layer: LayerSpec, params: dict[str, Any]) -> Block:

@@ -127,7 +127,7 @@ def test_the_balance_loss_is_that_of_transformers(tmp_path):
     model, params = load_model(tmp_path)
 
     def loss(params):
-        routed = model.hidden_routed(params, *whole_rows(tokens), None, np.ones(tokens.shape, bool))[1]
+        routed = model.hidden_routed(params, *whole_rows(tokens), None, None, np.ones(tokens.shape, bool))[1]
         return balance_loss(routed.probs, routed.load, tokens.size).mean(), routed.load
 
     (value, load), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
