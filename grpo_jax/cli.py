@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 
 from grpo_jax.config import TrainConfig, read_toml
 from grpo_jax.config.arguments import Command, merge, read_command, show_help
@@ -23,7 +25,14 @@ brackets: the value that holds when the field is not given.
   --help [TABLE ...]  show all fields, or those of some tables (--help optim);
                       with a config, the values it gives
   --debug             show the traceback of an error
+  --version           show the versions of this package and of Python
   --quiet             the same as --log.quiet"""
+
+LESS_MEMORY = (
+    "set optim.microbatch_rows or model.remat, or lower rollout.slots, rollout.prompts_per_step, rollout.num_samples "
+    "or rollout.max_new_tokens"
+)
+"""What to do where memory ran out; docs/scaling.md says what each costs."""
 
 QUICKSTART = Path(__file__).parent / "quickstart" / "quickstart.toml"
 """What runs when no config is given."""
@@ -42,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status: 0 done, 1 failed, 2 wrong usage, 128 and the signal's number interrupted."""
     command = list(sys.argv if arguments is None else ["train.py", *arguments])
     try:
+        if command[1:] == ["--version"]:
+            print(f"grpo_jax {version('grpo_jax')}, Python {python_version()}")
+            return 0
         asked = read_command(command[1:], TrainConfig)
         if asked.help:
             return _help(asked)
@@ -101,7 +113,7 @@ def _train(config: TrainConfig, name: str, debug: bool) -> None:
 
 def _lines(error: Exception) -> list[str]:
     """The lines for an error; one nobody foresaw is ours, and says where it came from."""
-    full = no_space(error)
+    full = no_space(error) or _no_memory(error)
     if full is not None:
         return [full]
     if isinstance(error, ValueError):
@@ -116,6 +128,16 @@ def _lines(error: Exception) -> list[str]:
         f"{type(error).__name__}{place}: {said} (this is a bug, or a machine in trouble; "
         "the same command with --debug shows the traceback: please report it)"
     ]
+
+
+def _no_memory(error: BaseException | None) -> str | None:
+    """The line for an error that comes, at whatever remove, from memory that ran out; None for any other."""
+    while error is not None:
+        said = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
+            return f"out of memory ({said[:200] or 'the host has no more'}); {LESS_MEMORY}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -89,6 +89,7 @@ class Trainer:
             callbacks: what looks on, behind those the config names; any of them may end the run.
             name: what the run's directory is called after when the config names none.
         """
+        _check_arguments(model, reward_funcs, config, callbacks)
         config = config or TrainConfig()
         rewards = config.reward.functions if reward_funcs is None else reward_funcs
         self._rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
@@ -96,12 +97,6 @@ class Trainer:
         self._eval = eval_dataset
         if eval_dataset is None and (train_dataset is None or config.data.eval != TrainConfig().data.eval):
             self._eval = config.data.eval
-        for callback in callbacks:
-            if not isinstance(callback, Callback):
-                raise ValueError(
-                    f"callbacks: got {callback!r}, which is no grpo_jax.callbacks.Callback; derive its class from "
-                    "that, and give an object of it"
-                )
         self._name, self._callbacks = name, tuple(callbacks)
         tables = config.model_dump()
         tables["model"]["path"] = str(model or config.model.path)
@@ -358,6 +353,33 @@ class _Run:
         return self.record["seconds"] + time.perf_counter() - self.begun
 
 
+def _check_arguments(model: Any, reward_funcs: Any, config: Any, callbacks: Sequence[Any]) -> None:
+    """Refuse objects that Trainer cannot take, such as other trainers take."""
+    if config is not None and not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"config: got a {type(config).__name__}, which is no TrainConfig; give TrainConfig.from_tables(nested "
+            "dictionaries) or TrainConfig.from_toml(path)"
+        )
+    if model is not None and not isinstance(model, str | os.PathLike):
+        raise ValueError(
+            f"model: got a {type(model).__name__}, but a run loads its model itself; give the directory of a Hugging "
+            'Face checkpoint, or a hub id "owner/name"'
+        )
+    several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
+    for function in reward_funcs if several else [] if reward_funcs is None else [reward_funcs]:
+        if not isinstance(function, str) and not callable(function):
+            raise ValueError(
+                f"reward_funcs: got {function!r}, which cannot be called; give functions, or names as reward.functions "
+                "takes them"
+            )
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ValueError(
+                f"callbacks: got {callback!r}, which is no grpo_jax.callbacks.Callback; derive its class from that, "
+                "and give an object of it"
+            )
+
+
 def _agreed(decision: bool) -> bool:
     return bool(from_first(np.asarray(decision)))
 
@@ -399,6 +421,11 @@ def _load(config: TrainConfig, source: Path) -> tuple[Model, Params]:
         remat=table.remat or "none",
         longest=config.data.max_prompt_len + config.rollout.max_new_tokens,
     )
+    if table.router_coef and not model.spec.experts:
+        raise ValueError(
+            f"model.router_coef: got {table.router_coef}, and the model is no mixture of experts, so that there is no "
+            "load to balance. Leave it out."
+        )
     model = adapted(model, table.lora)
     return model, params if model.lora is None else model.joined(model.init_adapters(config.seed), params)
 

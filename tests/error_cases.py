@@ -159,9 +159,9 @@ REQUESTS = {
     ),
     "a run of another version": (
         "config.toml --output_dir other",
-        "output_dir: other/config.toml cannot be read (batch_size: there is no such field; --help shows all fields.), "
-        "so nobody knows whether its run may go on, and nothing was changed; name another output_dir, or use the "
-        "version that wrote it",
+        "output_dir: other/config.toml cannot be read (batch_size: there is no such field; did you mean "
+        "rollout.prompts_per_step?), so nobody knows whether its run may go on, and nothing was changed; name another "
+        "output_dir, or use the version that wrote it",
     ),
     "a directory that cannot be made": (
         "config.toml --output_dir prompts.jsonl/run",

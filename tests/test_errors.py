@@ -4,6 +4,7 @@ Each row runs the command in a directory of files made for it. Nothing but that 
 exit status is 2 for a wrong request, 1 for a machine that failed.
 """
 
+import importlib.metadata
 import json
 import os
 import resource
@@ -18,8 +19,11 @@ import jax
 import pytest
 from error_cases import REQUESTS
 
+import grpo_jax
 from grpo_jax.callbacks.lock import LOCK, Lock
 from grpo_jax.cli import main
+from grpo_jax.config import TrainConfig
+from grpo_jax.config.fields import leaves
 from grpo_jax.metrics import JsonLines
 from grpo_jax.testing import tiny_checkpoint, tiny_config
 
@@ -239,6 +243,67 @@ def test_an_error_nobody_foresaw_is_one_line_and_with_debug_a_traceback(capsys, 
     assert err.startswith("error: KeyError at cli.py:") and "'gone' (this is a bug" in err and "--debug" in err
     status, err, _ = said(capsys, "config.toml", "--debug")
     assert status == 1 and "Traceback (most recent call last)" in err and err.splitlines()[-1].startswith("error: Key")
+
+
+def fails_with(error: Exception):
+    def train(self):
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("in a callback") from cause
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes"), "allocating 9 bytes"),
+        (MemoryError(), "the host has no more"),
+    ],
+)
+def test_memory_that_ran_out_is_one_line_with_the_fields_to_change(error, words, capsys, monkeypatch):
+    from grpo_jax.trainer import Trainer
+
+    monkeypatch.setattr(Trainer, "train", fails_with(error))
+    status, err, _ = said(capsys, "config.toml")
+    assert status == 1 and err.startswith("error: out of memory (") and "\n" not in err
+    assert words in err and "a bug" not in err
+    named = {word.strip(",") for word in err.split() if "." in word and "_" in word}
+    assert {"optim.microbatch_rows", "rollout.max_new_tokens"} <= named <= set(dict(leaves(TrainConfig)))
+
+
+def test_the_version(capsys):
+    status, err, out = said(capsys, "--version")
+    assert (status, err) == (0, "") and out.startswith(f"grpo_jax {importlib.metadata.version('grpo_jax')}, Python 3.")
+
+
+def test_a_load_balance_loss_without_experts(capsys):
+    line = (
+        "error: model.router_coef: got 0.1, and the model is no mixture of experts, so that there is no load to "
+        "balance. Leave it out."
+    )
+    assert said(capsys, "config.toml", "--model.router_coef", "0.1") == (2, line, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"config": {"steps": 1}}, "config: got a dict, which is no TrainConfig; "),
+        ({"model": object()}, "model: got a object, but a run loads its model itself; "),
+        ({"reward_funcs": 5}, "reward_funcs: got 5, which cannot be called; "),
+        ({"reward_funcs": ["gsm8k", None]}, "reward_funcs: got None, which cannot be called; "),
+    ],
+)
+def test_objects_that_other_trainers_take(arguments, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        grpo_jax.Trainer(**arguments)
+
+
+def test_a_config_made_in_python_says_what_is_wrong_in_one_line():
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(optim={"lr": 1.0})
+    assert str(caught.value) == "optim.lr: there is no such field; did you mean optim.learning_rate?"
 
 
 def test_a_platform_of_the_environment_that_is_not_there(directory):

@@ -273,6 +273,13 @@ class TrainConfig(Section):
     mesh: MeshConfig = MeshConfig()
     log: LogConfig = LogConfig()
 
+    def __init__(self, **tables: Any) -> None:
+        """Build from fields and nested tables; ValueError has a line for each that is unknown or illegal."""
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            raise ValueError("\n".join(explain(error, type(self)))) from error
+
     @model_validator(mode="before")
     @classmethod
     def _correct_for_rounding(cls, values: Any) -> Any:
@@ -328,10 +335,7 @@ class TrainConfig(Section):
         Raises:
             ValueError: a line for each field that is unknown or illegal, by its dotted path.
         """
-        try:
-            return cls.model_validate(tables)
-        except ValidationError as error:
-            raise ValueError("\n".join(explain(error, cls))) from error
+        return cls(**tables)
 
     def to_toml(self) -> str:
         """The whole config as TOML; `from_toml` of it equals this config."""
