@@ -48,17 +48,17 @@ def export(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--step", type=int)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--dtype")
-    parser.add_argument("--peft", action="store_true")
+    parser.add_argument("run", type=Path, help="directory of a run")
+    parser.add_argument("--step", type=int, help="a step that the run kept; default: the newest")
+    parser.add_argument("--out", type=Path, help="directory to write; default: RUN/hf-STEP")
+    parser.add_argument("--dtype", help="of the tensors; default: that of the model the run started from")
+    parser.add_argument("--peft", action="store_true", help="write the adapters alone, for the peft library")
     arguments = parser.parse_args()
     try:
         print(export(arguments.run, arguments.step, arguments.out, arguments.dtype, arguments.peft))
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -37,6 +37,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw reward, held-out accuracy, entropy and length against the step into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)  # and not pyplot, whose windows and settings are the user's
@@ -47,6 +48,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
         axis.set_title(title)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(axis.lines) > 1:
             axis.legend()

@@ -5,8 +5,11 @@ cache), HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 import importlib.resources
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SHIPPED = {"model": "model", "train": "train.jsonl", "eval": "eval.jsonl"}
@@ -78,12 +81,25 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        directory = snapshot_download(
-            name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
-        )
+        with retries_unsaid():
+            directory = snapshot_download(
+                name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            )
     except Exception as error:
         raise ValueError(f"model.path: {name!r} is no directory here, and {explain(error, revision)}") from error
     return Path(directory)
+
+
+@contextmanager
+def retries_unsaid() -> Iterator[None]:
+    """Keeps a hub that cannot be reached from telling of every try: the error at the end says it once."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def explain(error: Exception, revision: str | None = None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_jax.data.places import explain, is_hub_id, shipped
+from grpo_jax.data.places import explain, is_hub_id, retries_unsaid, shipped
 
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
@@ -200,7 +200,8 @@ def _hub_dataset(name: str, config: str | None, split: str | None) -> tuple[Rows
     place = f"dataset {name!r}"
     datasets = _datasets(place)
     try:
-        loaded = datasets.load_dataset(name, config, split=split)
+        with retries_unsaid():
+            loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of several packages; the cause is said
         raise ValueError(f"{place} is no file here, and {explain(error)}") from error
     if isinstance(loaded, Mapping):

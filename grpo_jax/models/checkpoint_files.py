@@ -115,7 +115,10 @@ def checkpoint_directory(directory: str | Path) -> Path:
     """
     path = Path(directory)
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such directory; a checkpoint is a directory; check the path")
+        raise ValueError(
+            f"{path}: there is no such directory (looked from {Path.cwd()}); check the path, or give what "
+            "grpo_jax.data.resolve_model makes of a hub id"
+        )
     if not (path / CONFIG).is_file():
         raise ValueError(
             f"{path}: got a directory without {CONFIG}; it is not a checkpoint in Hugging Face's format, or was not "

@@ -5,11 +5,14 @@ of its own.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
+
+from grpo_jax.data import load_dataset
 
 from .hub import SHA, serve
 
@@ -147,3 +150,18 @@ def test_datasets_by_hub_id(home):
         "dataset 'owner/absent' is no file here, and it is not in the hub's cache, while HF_HUB_OFF"
     )
     assert "Unknown split" in said[2]
+
+
+def test_a_hub_out_of_reach_is_told_of_once(monkeypatch, caplog):
+    datasets, log = pytest.importorskip("datasets"), logging.getLogger("huggingface_hub.utils._http")
+
+    def unreachable(*_, **__):
+        log.warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match="'owner/name' is no file here, and .* cannot be reached; check the network"):
+        load_dataset("owner/name:train", prompt_column="question")
+    assert not caplog.records
+    log.warning("what somebody else asks of it")
+    assert [record.message for record in caplog.records] == ["what somebody else asks of it"]

@@ -64,8 +64,9 @@ def test_a_step_a_place_and_a_dtype(run, monkeypatch, tmp_path):
 
 def test_what_is_not_there_is_named(run, monkeypatch, capsys, tmp_path):
     _, directory, _ = run
-    assert _export(monkeypatch, directory, "--step", 5) == 1
+    assert _export(monkeypatch, directory, "--step", 5) == 2
     assert "no checkpoint of step 5; there are: 3, 7" in capsys.readouterr().err
-    assert _export(monkeypatch, tmp_path) == 1
-    assert "it is no run" in capsys.readouterr().err
+    assert _export(monkeypatch, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}: ") and "it is no run" in said and said.count("\n") == 1
     assert not (tmp_path / "checkpoints").exists()
