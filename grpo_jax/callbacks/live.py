@@ -33,6 +33,8 @@ KEYS = {
 """Metrics shown: what they are called, and their format."""
 TEXT_LINES = 6
 """Lines of the newest completion."""
+COMPILING = "the first step compiles, which takes a while"
+"""What is said before there is anything to show."""
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -73,7 +75,7 @@ class Screen:
         self._functions = run.reward_names
         self._step, self._begun, self._row = run.start, time.monotonic(), dict[str, Any]()
         self._ends = list[float]()
-        self._newest: RenderableType = Text("the first step compiles, which takes a while", style="dim")
+        self._newest: RenderableType = Text(COMPILING, style="dim")
 
     def step(self, step: Step) -> None:
         """Take a step's figures and its first completion."""

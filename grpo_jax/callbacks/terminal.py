@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
-from grpo_jax.callbacks.live import Screen, duration, printable
+from grpo_jax.callbacks.live import COMPILING, Screen, duration, printable
 from grpo_jax.config import TrainConfig
 from grpo_jax.metrics import step_line
 
@@ -43,6 +43,8 @@ class Terminal(Callback):
                 self._screen, console=self._console, refresh_per_second=PER_SECOND, redirect_stderr=sys.stderr.isatty()
             )
             self._live.start()
+        else:
+            self._say(COMPILING)
 
     def on_step(self, step: Step) -> None:
         """A line of key figures."""

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.callbacks import Evaluation, live
-from grpo_jax.callbacks.live import KEYS, Screen, duration, printable, sparkline
+from grpo_jax.callbacks.live import COMPILING, KEYS, Screen, duration, printable, sparkline
 from grpo_jax.callbacks.terminal import Terminal, evaluation_line
 
 from .synthetic import config_for, evaluation_of, run_of, step_of
@@ -35,12 +35,12 @@ def play(directory, terminal: bool, text: str | None = None, warn: str | None = 
 def test_plain_lines_where_the_output_is_no_terminal(tmp_path):
     lines = play(tmp_path, terminal=False).splitlines()
     assert lines[0] == f"run directory: {tmp_path}"
-    assert lines[1:3] == ["memory 3 GiB", "2 prompts are longer"]
-    assert lines[3] == "held-out after step 0: greedy 10.0%, avg@0 0.0%"
-    assert [line.split("  ")[0] for line in lines[4:7]] == ["step 1/8", "step 2/8", "step 3/8"]
-    assert re.fullmatch(r"step 1/8  reward \d.*same .*%  length .*  cut .*%  entropy 2.000  kl .* s", lines[4])
+    assert lines[1:4] == ["memory 3 GiB", "2 prompts are longer", COMPILING]
+    assert lines[4] == "held-out after step 0: greedy 10.0%, avg@0 0.0%"
+    assert [line.split("  ")[0] for line in lines[5:8]] == ["step 1/8", "step 2/8", "step 3/8"]
+    assert re.fullmatch(r"step 1/8  reward \d.*same .*%  length .*  cut .*%  entropy 2.000  kl .* s", lines[5])
     end = "held-out accuracy 10.0% -> 50.0%, best 60.0%; 3 steps in 2:18; everything is in"
-    assert lines[7] == f"{end} {tmp_path}" and len(lines) == 8
+    assert lines[8] == f"{end} {tmp_path}" and len(lines) == 9
     assert "\x1b" not in "".join(lines)
 
 

@@ -204,8 +204,9 @@ function sample(n, { text, logp, extra }) {
   const advantage = columns.advantage[n];
   const top = element("div", { className: "top" },
     element("span", { className: "reward", textContent: format(columns.reward[n]), title: "reward" }),
-    element("span", { className: advantage > 0 ? "plus" : advantage < 0 ? "minus" : "quiet", title: "advantage",
-      textContent: `${advantage > 0 ? "+" : ""}${format(advantage, 3)}` }),
+    element("span", { className: advantage > 0 ? "plus" : advantage < 0 ? "minus" : "quiet",
+      title: "above 0 the completion is made likelier, below 0 less likely",
+      textContent: `advantage ${advantage > 0 ? "+" : ""}${format(advantage, 3)}` }),
     element("span", { className: "quiet", textContent: `${columns.length[n]} tokens` }));
   if (columns.cut[n]) top.append(element("span", { className: "cut", textContent: "cut" }));
   const chips = element("div", { className: "chips" });
