@@ -53,6 +53,38 @@ def require_devices(platform: str | None) -> None:
         )
 
 
+def check_model(config: TrainConfig, model: Model, longest: int, prompt_len: int) -> None:
+    """Refuse a config that asks of the model what it does not have.
+
+    Args:
+        config: of the run.
+        model: as it was loaded.
+        longest: tokens of the longest prompt.
+        prompt_len: tokens to which prompts are padded.
+
+    Raises:
+        ValueError: more positions or other tokens than the model has, or a balance of experts that are not there.
+    """
+    rollout, spec = config.rollout, model.spec
+    if prompt_len + rollout.max_new_tokens > spec.max_len:
+        raise ValueError(
+            f"rollout.max_new_tokens: got {rollout.max_new_tokens}, with prompts of up to {longest} tokens "
+            f"more than the {spec.max_len} positions the model was made for. Lower it, or data.max_prompt_len."
+        )
+    for name, ids in (("stop_token_ids", rollout.stop_token_ids), ("banned_token_ids", rollout.banned_token_ids)):
+        wrong = [i for i in ids or () if not 0 <= i < spec.vocab]
+        if wrong:
+            raise ValueError(
+                f"rollout.{name}: got {wrong[0]}, and the model's tokens are 0 to {spec.vocab - 1}. Use the ids of "
+                "its own tokenizer."
+            )
+    if config.model.router_coef and not spec.experts:
+        raise ValueError(
+            f"model.router_coef: got {config.model.router_coef}, and the model is no mixture of experts, so that there "
+            "is no load to balance. Leave it out."
+        )
+
+
 def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> dict[str, int]:
     """Bytes on one device by what holds them, activations left out.
 

@@ -43,7 +43,7 @@ from grpo_jax.metrics import (
     rollout_metrics,
 )
 from grpo_jax.models import Model, View, load_model, save_hf
-from grpo_jax.preflight import report, require_devices, room_for_cache, versions
+from grpo_jax.preflight import check_model, report, require_devices, room_for_cache, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import engine_from, sampling_from
 from grpo_jax.rollout.setup import slots_for
@@ -184,7 +184,7 @@ class _Run:
         every: list[PromptStream | PromptSet] = [prompts, *sets.values()]
         longest = max(each.longest for each in every)
         prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        _check_positions(config, self.model, longest, prompt_len)
+        check_model(config, self.model, longest, prompt_len)
         stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
         sampling = sampling_from(config.rollout, stops)
         layout = layout_of(config, self.model, prompt_len)
@@ -384,14 +384,6 @@ def _agreed(decision: bool) -> bool:
     return bool(from_first(np.asarray(decision)))
 
 
-def _check_positions(config: TrainConfig, model: Model, longest: int, prompt_len: int) -> None:
-    if prompt_len + config.rollout.max_new_tokens > model.spec.max_len:
-        raise ValueError(
-            f"rollout.max_new_tokens: got {config.rollout.max_new_tokens}, with prompts of up to {longest} tokens "
-            f"more than the {model.spec.max_len} positions the model was made for. Lower it, or data.max_prompt_len."
-        )
-
-
 def _configure_jax(config: TrainConfig) -> None:
     if config.mesh.distributed:
         initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
@@ -421,11 +413,6 @@ def _load(config: TrainConfig, source: Path) -> tuple[Model, Params]:
         remat=table.remat or "none",
         longest=config.data.max_prompt_len + config.rollout.max_new_tokens,
     )
-    if table.router_coef and not model.spec.experts:
-        raise ValueError(
-            f"model.router_coef: got {table.router_coef}, and the model is no mixture of experts, so that there is no "
-            "load to balance. Leave it out."
-        )
     model = adapted(model, table.lora)
     return model, params if model.lora is None else model.joined(model.init_adapters(config.seed), params)
 

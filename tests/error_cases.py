@@ -134,6 +134,27 @@ REQUESTS = {
         "rollout.max_new_tokens: got 1000, with prompts of up to 4 tokens more than the 256 positions the model was "
         "made for. Lower it, or data.max_prompt_len.",
     ),
+    "a stop token of another model": (
+        "config.toml --rollout.stop_token_ids 2 151645",
+        "rollout.stop_token_ids: got 151645, and the model's tokens are 0 to 60. Use the ids of its own tokenizer.",
+    ),
+    "a banned token of another model": (
+        "config.toml --rollout.banned_token_ids 151645",
+        "rollout.banned_token_ids: got 151645, and the model's tokens are 0 to 60. Use the ids of its own tokenizer.",
+    ),
+    "a load-balance loss without experts": (
+        "config.toml --model.router_coef 0.1",
+        "model.router_coef: got 0.1, and the model is no mixture of experts, so that there is no load to balance. "
+        "Leave it out.",
+    ),
+    "a field that nothing reads": (
+        "config.toml --algorithm.max_rounds 8",
+        "algorithm.max_rounds: would change nothing, as algorithm.dynamic_sampling is off. Leave it out.",
+    ),
+    "an adapter where there is none": (
+        "config.toml --model.lora.targets x",
+        "model.lora.targets[0]: got 'x', which is none of its values; use one of q, k, v, out, gate, up, down",
+    ),
     "no such reward": (
         "config.toml --reward.functions exact_mach",
         "reward 'exact_mach': no built-in of that name (did you mean 'exact_match'?); use one of "

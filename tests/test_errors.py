@@ -278,14 +278,6 @@ def test_the_version(capsys):
     assert (status, err) == (0, "") and out.startswith(f"grpo_jax {importlib.metadata.version('grpo_jax')}, Python 3.")
 
 
-def test_a_load_balance_loss_without_experts(capsys):
-    line = (
-        "error: model.router_coef: got 0.1, and the model is no mixture of experts, so that there is no load to "
-        "balance. Leave it out."
-    )
-    assert said(capsys, "config.toml", "--model.router_coef", "0.1") == (2, line, "")
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
