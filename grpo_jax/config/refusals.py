@@ -32,6 +32,7 @@ def refusals(config: TrainConfig) -> list[Refusal]:
     return [
         *_shape(config),
         *_rewards(config),
+        *_shaping(config),
         *_advantages(config),
         *_critic(config),
         *_adapters(config),
@@ -81,7 +82,7 @@ def _shape(config: TrainConfig) -> list[Refusal]:
 
 
 def _rewards(config: TrainConfig) -> list[Refusal]:
-    algorithm, reward, rollout = config.algorithm, config.reward, config.rollout
+    algorithm, reward = config.algorithm, config.reward
     return [
         (
             "reward.weights",
@@ -104,10 +105,16 @@ def _rewards(config: TrainConfig) -> list[Refusal]:
         ),
         (
             "algorithm.dynamic_sampling",
-            algorithm.dynamic_sampling and rollout.num_samples < 2,
+            algorithm.dynamic_sampling and config.rollout.num_samples < 2,
             "drops groups whose rewards do not differ, and those of rollout.num_samples = 1 never do. Sample more, or "
             "switch it off.",
         ),
+    ]
+
+
+def _shaping(config: TrainConfig) -> list[Refusal]:
+    algorithm, rollout = config.algorithm, config.rollout
+    return [
         (
             "algorithm.overlong_buffer_len",
             algorithm.overlong_buffer_len is not None
@@ -118,7 +125,7 @@ def _rewards(config: TrainConfig) -> list[Refusal]:
         ),
         (
             "algorithm.soft_overlong",
-            algorithm.soft_overlong and "soft_overlong" in reward.functions,
+            algorithm.soft_overlong and "soft_overlong" in config.reward.functions,
             "is on, and so is the reward function of that name, so that a long completion would pay twice. Keep one: "
             "set it false, or take soft_overlong out of reward.functions.",
         ),
