@@ -83,12 +83,13 @@ def layout_for(
     if row_len is not None and row_len < width:
         raise ValueError(
             f"batch.row_len: got {row_len}, and a prompt with its completion has up to {prompt_len} + "
-            f"{completion_len} tokens; make it {width} or more, or data.max_prompt_len or rollout.max_new_tokens less."
+            f"{completion_len} tokens; raise it to {width}, or lower data.max_prompt_len or rollout.max_new_tokens."
         )
     if kind != "group":
         whole = width if kind == "padded" else row_len or 2 * width
         return Layout(kind, whole, sample_count, row_multiple, samples)
-    behind = row_len - prompt_len if row_len else min(BLOCKS, samples) * completion_len
+    most = max(1, sample_count // row_multiple)  # with more, full rows would be fewer than the devices
+    behind = row_len - prompt_len if row_len else min(BLOCKS, samples, most) * completion_len
     blocks = behind // completion_len
     shared = Shared(prompt_len, behind // blocks)
     return Layout(kind, prompt_len + blocks * shared.block_len, sample_count, row_multiple, samples, shared)

@@ -134,6 +134,11 @@ REQUESTS = {
         "rollout.max_new_tokens: got 1000, with prompts of up to 4 tokens more than the 256 positions the model was "
         "made for. Lower it, or data.max_prompt_len.",
     ),
+    "rows too short": (
+        "config.toml --batch.row_len 8",
+        "batch.row_len: got 8, and a prompt with its completion has up to 8 + 4 tokens; raise it to 12, or lower "
+        "data.max_prompt_len or rollout.max_new_tokens.",
+    ),
     "a stop token of another model": (
         "config.toml --rollout.stop_token_ids 2 151645",
         "rollout.stop_token_ids: got 151645, and the model's tokens are 0 to 60. Use the ids of its own tokenizer.",

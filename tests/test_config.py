@@ -74,7 +74,7 @@ def test_command_line_over_file_over_preset(tmp_path):
         ({"optim": {"minibatches": 5}}, "optim.minibatches"),
         ({"reward": {"functions": ["a", "b"], "weights": [1.0]}}, "reward.weights"),
         ({"reward": {"functions": []}}, "reward.functions"),
-        ({"batch": {"row_len": 64}}, "batch.row_len"),
+        ({"batch": {"rows": "padded", "row_len": 64}}, "batch.row_len"),
         ({"algorithm": {"loss": {"surrogate": "reinforce"}}, "optim": {"epochs": 2}}, "algorithm.loss"),
         ({"algorithm": {"loss": {"dual_clip": 0.5}}}, "algorithm.loss"),
         ({"algorithm": {"preset": "ppo", "loss": {"ratio_level": "sequence"}}}, "algorithm.loss"),

@@ -38,7 +38,7 @@ def one_part(learning, config):
 
 def test_values_are_read_before_each_token_whatever_rows_it_lies_in():
     tables, head = [], np.random.default_rng(0).standard_normal(16).astype(np.float32)
-    for batch in ({}, {"rows": "packed", "row_len": 16}, {"rows": "group", "row_len": 16}):
+    for batch in ({"rows": "padded"}, {"rows": "packed", "row_len": 16}, {"rows": "group", "row_len": 16}):
         config = config_for("ppo", batch=batch)
         learning = learning_for(config)
         params = learning.state.critic.params | {"head": jnp.asarray(head)}

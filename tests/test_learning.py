@@ -59,7 +59,7 @@ PICKS = {
 @pytest.mark.parametrize("name", PICKS)
 def test_contract_5_what_a_statistic_picks_is_of_the_whole_step_for_any_rows_and_microbatches(name):
     updates, figures = [], []
-    for rows, batch in ((None, {}), (2, {"rows": "group", "row_len": 16})):
+    for rows, batch in ((None, {"rows": "padded"}), (6, {"rows": "group", "row_len": 16})):
         optim = {"microbatch_rows": rows, "epochs": 2}
         config = config_for("bnpo", optim=optim, algorithm={"loss": PICKS[name]}, batch=batch)
         learning = learning_for(config)

@@ -96,7 +96,7 @@ def test_metrics_hold_every_promised_figure(run):
     assert all(row["eval/avg_at_k"] <= row["eval/pass_at_k"] for row in evaluations)
     assert "jit(update)" in steps[0]["compiled"]
     assert steps[-1]["compiled"] == [] and steps[-1]["compile_count"] == steps[-2]["compile_count"]
-    assert steps[0]["batch/row_count"] == 16
+    assert steps[0]["batch/row_count"] == 8
 
 
 def test_completions_are_logged_with_rewards_and_advantages(run):
@@ -154,7 +154,11 @@ def counted(monkeypatch):
     [
         ({"algorithm": {"preset": "bnpo"}}, 0, 2),
         ({"algorithm": {"preset": "grpo"}}, 2, 2),
-        ({"algorithm": {"preset": "bnpo"}, "optim": {"minibatches": 2, "epochs": 2}, "batch": {"rows": "group"}}, 4, 8),
+        (
+            {"algorithm": {"preset": "bnpo"}, "optim": {"minibatches": 2, "epochs": 2}, "batch": {"rows": "padded"}},
+            4,
+            8,
+        ),
     ],
 )
 def test_passes_run_only_where_the_algorithm_needs_them(checkpoint, tmp_path, counted, tables, passes, updates):

@@ -166,10 +166,11 @@ class RewardConfig(Section):
 class BatchConfig(Section):
     """How completions are laid out in rows for training."""
 
-    rows: Literal["padded", "packed", "group"] = "padded"
-    """padded: one completion a row. packed: several, one behind the other. group: a prompt once, then its samples."""
+    rows: Literal["padded", "packed", "group"] = "group"
+    """group: a prompt once, then its samples. padded: one completion a row. packed: several, one behind the other."""
     row_len: PositiveInt | None = None
-    """Length of a packed row in tokens; none: twice the longest prompt and completion together."""
+    """Most tokens in a group or packed row; none: the longest prompt and four completions, or twice the longest of both
+    together."""
 
 
 class StopConfig(Section):

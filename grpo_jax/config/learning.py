@@ -188,7 +188,8 @@ class OptimConfig(AdamWConfig):
     minibatches: PositiveInt = 1
     """Optimizer updates in each pass; each takes an equal share of the prompts."""
     microbatch_rows: PositiveInt | None = None
-    """Rows whose activations are alive at once; none: all rows of an update. Changes memory, never the gradient."""
+    """Completions whose activations are alive at once, none: all; in rows that hold several, the rows of so many at
+    full length. Changes memory, never the gradient."""
 
 
 class CriticConfig(AdamWConfig):

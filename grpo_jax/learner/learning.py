@@ -37,25 +37,27 @@ def adapted(model: Model, lora: LoraConfig) -> Model:
 
 def layout_of(config: TrainConfig, model: Model, prompt_len: int) -> Layout:
     """The shapes of a run's updates; ``prompt_len`` is what prompts are padded to."""
-    rollout, shards = config.rollout, _shards(model)
-    return layout_for(
+    rollout, shards = config.rollout, model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
+    layout = layout_for(
         config.batch.rows,
         prompt_len,
         rollout.max_new_tokens,
         rollout.prompts_per_step * rollout.num_samples // config.optim.minibatches,
         rollout.num_samples,
-        _microbatch_rows(config, shards) or shards,
+        shards,
         config.batch.row_len,
     )
+    if config.optim.microbatch_rows is None:
+        return layout
+    # On each shard as many rows as hold so many completions, or fewer, down to half, where that leaves less padding.
+    tokens = config.optim.microbatch_rows * (prompt_len + rollout.max_new_tokens)
+    most = max(1, tokens // layout.row_len // shards)
+    least = -(-layout.row_counts[0] // shards)
+    return replace(layout, row_multiple=shards * min(range(most, most // 2, -1), key=lambda rows: -least % rows))
 
 
-def _shards(model: Model) -> int:
-    return model.compute.mesh.shape["data"] * model.compute.mesh.shape["fsdp"]
-
-
-def _microbatch_rows(config: TrainConfig, shards: int) -> int | None:
-    micro = config.optim.microbatch_rows
-    return None if micro is None else -(-micro // shards) * shards
+def _microbatch_rows(config: TrainConfig, layout: Layout) -> int | None:
+    return None if config.optim.microbatch_rows is None else layout.row_multiple
 
 
 def make_learner(config: TrainConfig, model: Model, layout: Layout, critic: Critic | None) -> Learner:
@@ -69,7 +71,7 @@ def make_learner(config: TrainConfig, model: Model, layout: Layout, critic: Crit
         schedule=learning_rate(config.optim, updates),
         scored_len=config.rollout.max_new_tokens if padded else layout.row_len,
         temperature=config.rollout.temperature,
-        microbatch_rows=_microbatch_rows(config, _shards(model)),
+        microbatch_rows=_microbatch_rows(config, layout),
         segmented=not padded,
         seed=config.seed,
         critic=critic if critic is not None and critic.shared else None,
@@ -78,7 +80,7 @@ def make_learner(config: TrainConfig, model: Model, layout: Layout, critic: Crit
     )
 
 
-def make_critic(config: TrainConfig, model: Model) -> Critic | None:
+def make_critic(config: TrainConfig, model: Model, layout: Layout) -> Critic | None:
     """The critic's jitted functions, as the config has them; None where the advantage needs none."""
     table, updates = config.critic, config.steps * config.updates_per_step
     if not config.algorithm.has_critic:
@@ -90,7 +92,7 @@ def make_critic(config: TrainConfig, model: Model) -> Critic | None:
         shared=table.shared_trunk,
         value_coef=table.value_coef,
         value_clip=table.value_clip,
-        microbatch_rows=_microbatch_rows(config, _shards(model)),
+        microbatch_rows=_microbatch_rows(config, layout),
     )
 
 
@@ -143,7 +145,7 @@ class Learning:
         """Start from ``params``; nothing is compiled yet."""
         self.config, self.model, self.layout, self._phases = config, model, layout, phases
         check_functions(config)
-        self.critic = make_critic(config, model)
+        self.critic = make_critic(config, model, layout)
         self.learner = make_learner(config, model, layout, self.critic)
         self.creditor = None
         if config.algorithm.waits_for_learner:

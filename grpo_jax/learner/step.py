@@ -60,7 +60,8 @@ class Learner:
         loss: what is minimised.
         optimizer: from `make_optimizer`.
         schedule: update count -> learning rate, for the metrics.
-        scored_len: most trained tokens a row can have (S); only their hidden states meet the vocabulary.
+        scored_len: most trained tokens a padded or packed row can have (S); only their hidden states meet the
+            vocabulary.
         temperature: of the sampler, so that all log-probabilities are of one distribution.
         microbatch_rows: rows whose activations are alive at once; it divides their number. None: all of them.
         segmented: rows hold several sequences.
