@@ -18,6 +18,9 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """safetensors' name -> ours, for the dtypes that are read."""
 
+LFS = b"version https://git-lfs"
+"""How the text begins that git keeps in place of a large file that was not fetched."""
+
 PIECE = 2**20
 """Elements of a tensor that are read at once."""
 
@@ -187,6 +190,12 @@ def _read_header(path: Path) -> dict[str, Place]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise ValueError(
+                    f"{path}: got a pointer of Git LFS, which stands for the tensors; run git lfs pull there, or fetch "
+                    "the checkpoint with hf download"
+                ) from error
         raise ValueError(
             f"{path}: got a file that is not whole safetensors ({error}); it may be cut short; fetch it again"
         ) from error

@@ -298,6 +298,13 @@ def test_damaged_files(case, tmp_path):
         load_model(source)
 
 
+def test_a_checkpoint_cloned_without_its_large_files(tmp_path):
+    _write(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=r"model.safetensors: got a pointer of Git LFS, .*; run git lfs pull there"):
+        load_model(tmp_path)
+
+
 def test_paths_that_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no such directory"):
         load_model(tmp_path / "nowhere")
