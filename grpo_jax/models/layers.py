@@ -7,7 +7,7 @@ passes see weights already cast to the compute dtype.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from grpo_jax.models.spec import LayerSpec, LoraSpec
 class Weight:
     """Declaration of a parameter: shape, a logical axis name (or None) per axis, start value.
 
+    ``into`` counts the last axes of a linear map's kernel, those of what goes in; 0 where it is none.
+
     "normal" has deviation 0.02. An adapter is "fan_in", uniform up to the root of the axes after the rank's, or "off",
     zeros; these three are matrices.
     """
@@ -31,6 +33,7 @@ class Weight:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     start: Literal["normal", "zeros", "ones", "fan_in", "off"] = "normal"
+    into: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class Compute:
         dtype: "float32" or "bfloat16".
         precision: "highest", "high" or "default", given to each matmul on each backend.
         mesh: of every sharding constraint.
+        input_first: whether kernels of linear maps are [*in, *out], as decoding has them.
     """
 
     dtype: str
     precision: str
     mesh: Mesh
+    input_first: bool = False
 
     def dot(self, x: jax.Array, y: jax.Array, contract: Any, batch: Any = ((), ()), out: Any = None) -> jax.Array:
         """``lax.dot_general`` at this precision, accumulated and returned in ``out`` (default: the dtype)."""
@@ -64,7 +69,10 @@ class Compute:
 
 
 class Linear(nnx.Module):
-    """``y[..., *out] = x[..., *in] W[*out, *in] + b[*out]``, the row order of Hugging Face's tensors."""
+    """``y[..., *out] = x[..., *in] W[*out, *in] + b[*out]``, the row order of Hugging Face's tensors.
+
+    Decoding holds W as [*in, *out] instead: a product of few rows is then up to twice as fast on a CPU.
+    """
 
     def __init__(
         self,
@@ -78,7 +86,8 @@ class Linear(nnx.Module):
         axes, shape, in_axes, in_shape = _names(out), tuple(out.values()), _names(into), tuple(into.values())
         self.compute = compute
         self.in_ndim = len(into)
-        self.kernel = nnx.Param(Weight(shape + in_shape, axes + in_axes))
+        kernel = Weight(shape + in_shape, axes + in_axes, into=len(into))
+        self.kernel = nnx.Param(input_first(kernel) if compute.input_first else kernel)
         self.bias = nnx.Param(Weight(shape, axes, "zeros")) if bias else None
         self.lora_scale = 0.0 if lora is None else lora.scale
         self.lora_a = None if lora is None else nnx.Param(Weight((lora.rank, *in_shape), (None, *in_axes), "fan_in"))
@@ -86,7 +95,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, out: Any = None) -> jax.Array:
         """[..., *in] -> [..., *out] in ``out`` (default: the compute dtype)."""
-        y = self._product(x, self.kernel[...], self.in_ndim, out)
+        y = self._product(x, self.kernel[...], self.in_ndim, out, self.compute.input_first)
         if self.lora_a is not None and self.lora_b is not None:
             low = self._product(x, self.lora_a[...], self.in_ndim, None)
             y = y + (self.lora_scale * self._product(low, self.lora_b[...], 1, jnp.float32)).astype(y.dtype)
@@ -95,16 +104,33 @@ class Linear(nnx.Module):
         # In float32, so that the bias's gradient, a sum over tokens, is too.
         return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
 
-    def _product(self, x: jax.Array, kernel: jax.Array, ndim: int, out: Any) -> jax.Array:
-        if kernel.ndim == 2 or self.compute.mesh.shape["tensor"] > 1:
-            last = tuple(range(x.ndim - ndim, x.ndim)), tuple(range(kernel.ndim - ndim, kernel.ndim))
-            return self.compute.dot(x, kernel, last, out=out)
-        # As matrices: for a kernel of more axes XLA's CPU backend copies the whole weight into another order first,
-        # at every decode step. Cut over ``tensor``, merging axes would move it between devices instead.
-        rows, size = x.shape[: x.ndim - ndim], math.prod(kernel.shape[kernel.ndim - ndim :])
-        matrix, last = kernel.reshape(-1, size), ((len(rows),), (1,))
-        y = self.compute.dot(x.reshape(*rows, size), matrix, last, out=out)
-        return y.reshape(*rows, *kernel.shape[: kernel.ndim - ndim])
+    def _product(self, x: jax.Array, kernel: jax.Array, ndim: int, out: Any, first: bool = False) -> jax.Array:
+        rows, shape = x.shape[: x.ndim - ndim], kernel.shape[ndim:] if first else kernel.shape[: kernel.ndim - ndim]
+        if kernel.ndim > 2 and self.compute.mesh.shape["tensor"] == 1:
+            # As matrices: for a kernel of more axes XLA's CPU backend copies the whole weight into another order first,
+            # at every decode step. Cut over ``tensor``, merging axes would move it between devices instead.
+            size = math.prod(x.shape[len(rows) :])
+            x, kernel, ndim = x.reshape(*rows, size), kernel.reshape((size, -1) if first else (-1, size)), 1
+        axes = range(ndim) if first else range(kernel.ndim - ndim, kernel.ndim)
+        return self.compute.dot(x, kernel, (tuple(range(len(rows), x.ndim)), tuple(axes)), out=out).reshape(
+            *rows, *shape
+        )
+
+
+def input_first(kernel: Weight) -> Weight:
+    """The declaration of a kernel [*out, *in] as [*in, *out]."""
+    order = _input_first(kernel)
+    return replace(kernel, shape=tuple(kernel.shape[i] for i in order), axes=tuple(kernel.axes[i] for i in order))
+
+
+def as_decoded(weight: Weight, x: jax.Array) -> jax.Array:
+    """A parameter as decoding has it: a linear map's kernel [*out, *in] as [*in, *out], others as they are."""
+    return jnp.transpose(x, _input_first(weight)) if weight.into else x
+
+
+def _input_first(kernel: Weight) -> tuple[int, ...]:
+    count = len(kernel.shape)
+    return (*range(count - kernel.into, count), *range(count - kernel.into))
 
 
 class RMSNorm(nnx.Module):

@@ -7,6 +7,7 @@ repeats.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from grpo_jax.mesh import GATHERED_RULES
 from grpo_jax.models.attention import Attention, fuse_attention, row_reader
 from grpo_jax.models.decode_attention import Keeper, KeyValue, columns, seen_columns
-from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, fuse_mlp
+from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, as_decoded, fuse_mlp
 from grpo_jax.models.lora import merge
 from grpo_jax.models.moe import MoE, Routing, expert_load
 from grpo_jax.models.rotary import Rotation, rotation
@@ -100,6 +101,7 @@ class Layout:
         outer: graph of ``Outer``.
         blocks: graph and declarations of ``Block`` for each distinct layer.
         fused: the same with joined weights, and adapters merged into them.
+        decoded: the same with kernels that begin with what goes in.
         weights: nested dict of ``Weight``: the parameters.
     """
 
@@ -109,6 +111,7 @@ class Layout:
     outer: nnx.GraphDef
     blocks: dict[LayerSpec, tuple[nnx.GraphDef, dict[str, Any]]]
     fused: dict[LayerSpec, tuple[nnx.GraphDef, dict[str, Any]]]
+    decoded: dict[LayerSpec, tuple[nnx.GraphDef, dict[str, Any]]]
     weights: dict[str, Any]
 
     @property
@@ -141,13 +144,17 @@ def build_layout(spec: ModelSpec, compute: Compute) -> Layout:
     """Builds every module once and splits it."""
     outer, weights = _split(Outer(compute, spec))
     blocks = {layer: _split(Block(compute, layer, False)) for layer in dict.fromkeys(spec.layers)}
-    fused = {layer: _split(Block(compute, replace(layer, lora=None), True)) for layer in blocks}
+    fused, decoded = (
+        {layer: _split(Block(each, replace(layer, lora=None), True)) for layer in blocks}
+        for each in (compute, replace(compute, input_first=True))
+    )
     stacks = {
         name: jax.tree.map(lambda w, n=run.repeats: replace(w, shape=(n, *w.shape), axes=("layers", *w.axes)), tree)
         for run_index, run in enumerate(spec.runs)
         for name, tree in [(stack_name(run_index, i), blocks[layer][1]) for i, layer in enumerate(run.pattern)]
     }
-    return Layout(compute, spec.runs, spec.longest, outer, blocks, fused, {"outer": weights, "layers": stacks})
+    parts = {"outer": weights, "layers": stacks}
+    return Layout(compute, spec.runs, spec.longest, outer, blocks, fused, decoded, parts)
 
 
 def stack_name(run: int, place: int) -> str:
@@ -172,7 +179,7 @@ class View:
 
     Attributes:
         outer: of ``Outer``.
-        layers: of the fused block, one entry a layer.
+        layers: of the fused block with kernels [*in, *out], one entry a layer.
     """
 
     outer: dict[str, Any]
@@ -272,7 +279,7 @@ def use(layout: Layout, params: Any, weights: Any, cast: bool = True) -> Any:
 
 
 def decode_view(layout: Layout, params: dict[str, Any], recut: bool) -> View:
-    """Parameters for decoding: cast, gathered over ``fsdp``, fused, and one entry a layer.
+    """Parameters for decoding: cast, gathered over ``fsdp``, fused, turned, and one entry a layer.
 
     ``recut``: they come from another mesh, and are gathered whole on the way, one after the other.
     """
@@ -286,7 +293,8 @@ def decode_view(layout: Layout, params: dict[str, Any], recut: bool) -> View:
     layers = []
     for layer, (name, index) in zip(layout.layers, layer_places(layout.runs), strict=True):
         one = jax.tree.map(lambda x, i=index: x[i], params["layers"][name])
-        layers.append(lay(fuse(merge(one, layer.lora, stacked=False)), layout.fused[layer][1]))
+        fused = fuse(merge(one, layer.lora, stacked=False))
+        layers.append(lay(jax.tree.map(as_decoded, layout.fused[layer][1], fused), layout.decoded[layer][1]))
     return View(lay(params["outer"], layout.weights["outer"]), tuple(layers))
 
 
@@ -318,7 +326,12 @@ def decode(
     outer = nnx.merge(layout.outer, view.outer)
     x = compute.shard(outer.embed(tokens), "batch", None)
     positions = seats.spread(prompt_len, tokens.shape[0]) + cache_len
-    x, cache = unrolled(layout, view, x, layout.turns(positions, columns(prompt_cache[0]) + columns(cache[0])), mix_in)
+    longest = columns(prompt_cache[0]) + columns(cache[0])
+    # Looked up: sines and cosines of the positions would be fused into what they turn, and so computed by every layer.
+    table = layout.turns(jnp.arange(longest, dtype=jnp.int32), longest)
+    look_up = partial(jnp.take, indices=positions, axis=0, mode="clip")
+    turns = {layer: jax.tree.map(look_up, turn) for layer, turn in table.items()}
+    x, cache = unrolled(layout, view, x, turns, mix_in)
     return outer.norm(x), cache
 
 
@@ -328,7 +341,7 @@ def unrolled(
     """Through all layers: what comes out, and what the mix of each carried."""
     cache = []
     for index, (layer, weights) in enumerate(zip(layout.layers, view.layers, strict=True)):
-        block = nnx.merge(layout.fused[layer][0], weights)
+        block = nnx.merge(layout.decoded[layer][0], weights)
         x, carried, _ = block(x, turns[layer], mix_in(index))
         cache.append(carried)
     return x, tuple(cache)

@@ -39,8 +39,8 @@ def test_weights_and_rows_lie_as_the_table_says(cut, layout):
     assert shards(params["outer"]["embed"]["kernel"]) == {(VOCAB, WIDTH // 8)}
     assert shards(view.outer["embed"]["kernel"]) == {(VOCAB // tensor, WIDTH)}
     layer = view.layers[1]
-    assert shards(layer["attention"]["qkv"]["kernel"]) == {(HEADS // tensor, 4, 8, WIDTH)}
-    assert shards(layer["mlp"]["down"]["kernel"]) == {(WIDTH, INNER // tensor)}
+    assert shards(layer["attention"]["qkv"]["kernel"]) == {(WIDTH, HEADS // tensor, 4, 8)}
+    assert shards(layer["mlp"]["down"]["kernel"]) == {(INNER // tensor, WIDTH)}
     cache = jax.tree.leaves(jax.jit(decodes.init_cache, static_argnums=(0, 1))(16, 8))
     assert {shape[:2] for x in cache for shape in shards(x)} == {(16 * tensor // 8, HEADS // tensor)}
 
