@@ -15,6 +15,10 @@ from grpo_jax.types import Shared
 MASKED = -1e30
 """Score of a masked column: finite, so that a row without any valid column stays finite with its gradient."""
 
+SPAN, SPANS = 128, 8
+"""Of the queries of a causal row so many go together, and in so many parts at most: fewer multiply in vain what lies
+above the diagonal, more make small products (512 columns on a CPU: 115 ms in one part, 57 in four, 62 in eight)."""
+
 Read = Callable[[jax.Array, jax.Array, jax.Array, int | None, float | None], jax.Array]
 """(q, k, v, window, soft-cap) of training rows -> what the queries read."""
 
@@ -112,6 +116,18 @@ def attend(
     return compute.einsum("nkgts,nskd->ntkgd", weights.astype(compute.dtype), v)
 
 
+def attend_causal(
+    compute: Compute, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None
+) -> jax.Array:
+    """``attend`` where the queries are of the last T columns and none sees one after its own, part by part."""
+    (queries, columns), parts = mask.shape[1:], []
+    size = -(-queries // min(SPANS, -(-queries // SPAN)))
+    for start in range(0, queries, size):
+        here, end = slice(start, start + size), columns - queries + min(start + size, queries)
+        parts.append(attend(compute, q[:, here], k[:, :end], v[:, :end], mask[:, here, :end], softcap))
+    return jnp.concatenate(parts, axis=1)
+
+
 def row_reader(
     compute: Compute,
     windows: Iterable[int | None],
@@ -132,15 +148,15 @@ def row_reader(
     """
     if shared is None:
         masks = _masks(windows, positions, segment_ids, context_ids)
-        return lambda q, k, v, window, softcap: attend(compute, q, k, v, masks[window], softcap)
+        return lambda q, k, v, window, softcap: attend_causal(compute, q, k, v, masks[window], softcap)
     prompt, context = shared.prompt_len, None if context_ids is None else _alone(context_ids, shared)
     before = _masks(windows, positions[:, :prompt], segment_ids[:, :prompt], None)
     behind = _masks(windows, _alone(positions, shared), _alone(segment_ids, shared), context, prompt)
 
     def read(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, softcap: float | None) -> jax.Array:
-        first = attend(compute, q[:, :prompt], k[:, :prompt], v[:, :prompt], before[window], softcap)
+        first = attend_causal(compute, q[:, :prompt], k[:, :prompt], v[:, :prompt], before[window], softcap)
         rest = _blocks(q, shared), _alone(k, shared), _alone(v, shared)
-        then = attend(compute, *rest, behind[window], softcap)
+        then = attend_causal(compute, *rest, behind[window], softcap)
         return jnp.concatenate([first, then.reshape(q.shape[0], -1, *q.shape[2:])], axis=1)
 
     return read

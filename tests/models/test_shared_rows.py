@@ -11,6 +11,7 @@ from model_cases import FAMILY_CASES, random_model, random_tokens, relative
 
 from grpo_jax.batching import layout_for, pack
 from grpo_jax.models import Model
+from grpo_jax.models.attention import attend, attend_causal, segment_mask
 from grpo_jax.types import Rollout
 
 PROMPT, LIMIT, SAMPLES = 5, 7, 3
@@ -84,6 +85,17 @@ def test_in_bfloat16_too():
     assert relative(got[batch.segment_ids > 0], dense[batch.segment_ids > 0]) < 2e-2
 
 
+def test_parts_of_long_rows_are_the_whole():
+    """Rows of more columns than go together, cut where the parts do not divide them; the last column too."""
+    draw = np.random.default_rng(0).standard_normal
+    q, k, v = (draw((2, n, 1, *g, 4)).astype(np.float32) for n, g in ((300, (2,)), (310, ()), (310, ())))
+    mask = segment_mask(jnp.ones((2, 310), jnp.int32), None, 10)
+    compute = random_model(num_hidden_layers=1)[0].compute
+    want = attend(compute, q, k, v, mask, None)
+    assert relative(attend_causal(compute, q, k, v, mask, None), want) < NOISE
+    assert relative(want[:, -1], want[:, -2]) > 1e-2
+
+
 def _shapes(jaxpr):
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in equation.outvars)
@@ -94,7 +106,7 @@ def _shapes(jaxpr):
 def test_no_scores_of_whole_rows_are_made():
     """What grows with the square of a row's length would have two axes of it, or the square of the blocks."""
     model, params = random_model(num_hidden_layers=1)
-    prompt, limit, width = 16, 17, 16 + 8 * 17
+    prompt, limit, width = 16, 13, 16 + 8 * 13
     shared = layout_for("group", prompt, limit, 8, 8, row_len=width).shared
     rows = [jnp.ones((2, width), jnp.int32)] * 4
 
