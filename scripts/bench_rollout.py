@@ -1,6 +1,6 @@
 """Measure the rollout engine: against its floor, a static batch, transformers' generate (which TRL calls) and Tunix.
 
-    python scripts/bench_rollout.py [--only short long vocabulary start step-short step-long] [--peers [PEER ...]]
+    python scripts/bench_rollout.py [--only short long vocabulary start step-short ...] [--peers [PEER ...]]
     python scripts/bench_rollout.py --only 0.5b 1.5b 7b --peers     # on an accelerator
     python scripts/bench_rollout.py --only 0.5b --set layers=2 prompts=2 ...    # the same, small
 

@@ -14,12 +14,14 @@ SHORT = Work(vocab=2048, prompts=8, samples=8, prompt_len=32, cap=64, mean=64)
 WORKS = {
     "step-short": SHORT,
     "step-long": Work(vocab=2048, prompts=8, samples=16, prompt_len=256, cap=256, mean=256),
+    "step-lognormal": Work(vocab=2048, prompts=8, samples=16, prompt_len=256, cap=256, mean=60, spread=0.8),
     "step-0.5b": Work(
         vocab=151_936, prompts=16, samples=8, prompt_len=190, cap=570, mean=570, dtype="bfloat16",
         layers=24, width=896, heads=14, kv_heads=2, head_dim=64, ffn=4864,
     ),
 }  # fmt: skip
-"""Lengths are fixed; one update a rollout, no KL; the last is for an accelerator."""
+"""One update a rollout, no KL; the last is for an accelerator. Where lengths differ ours stops at each; a peer's batch
+runs to the longest, and trains on all of it."""
 PEERS = ("trl", "tunix")
 
 
