@@ -65,7 +65,9 @@ MOST_BLOCKS = 8
 MOST_COLUMNS = 512
 """Of a block: XLA's products on the CPU get several times slower beyond."""
 LEAST_COLUMNS = 64
-"""Of a block: a shorter one costs as much as the branch around it."""
+"""Of a block of what rows sample: a shorter one costs as much as the branch around it."""
+LEAST_PROMPT_COLUMNS = 128
+"""Of a block of prompts. They are read once for a group, and most of their columns are seen from the start."""
 
 
 class Seen(NamedTuple):
@@ -219,20 +221,20 @@ class Keeper:
         platform = self.compute.mesh.devices.flat[0].platform
         return DEFAULTS.get(platform, "dense") if self.attention == "auto" else self.attention
 
-    def widths(self, length: int) -> list[int]:
-        """Columns of each block of a buffer of ``length`` columns; all of one width but for the last."""
+    def widths(self, length: int, least: int = LEAST_COLUMNS) -> list[int]:
+        """Columns of each block of a buffer of ``length`` columns: ``least`` or more, of one width but for the last."""
         if self.variant != "ragged":
             return [length]
-        count = max(1, min(MOST_BLOCKS, length // LEAST_COLUMNS), math.ceil(length / MOST_COLUMNS))
+        count = max(1, min(MOST_BLOCKS, length // least), math.ceil(length / MOST_COLUMNS))
         width = math.ceil(length / count)
         return [min(width, length - start) for start in range(0, length, width)]
 
-    def empty(self, rows: int, kv_heads: int, length: int, head_dim: int) -> KeyValue:
-        """Zeros, rows over data and fsdp, key heads over tensor."""
+    def empty(self, rows: int, kv_heads: int, length: int, head_dim: int, least: int = LEAST_COLUMNS) -> KeyValue:
+        """Zeros, rows over data and fsdp, key heads over tensor; ``least`` as of ``widths``."""
 
         def zeros(axis: int) -> Blocks:
             made = []
-            for width in self.widths(length):
+            for width in self.widths(length, least):
                 some = jax.ShapeDtypeStruct((rows, kv_heads, width, head_dim), self.compute.dtype)
                 block = jax.eval_shape(lambda x: _turned(self._encode(x), axis), some)
                 made.append(self._pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), block)))
@@ -240,9 +242,10 @@ class Keeper:
 
         return zeros(KEYS), zeros(VALUES)
 
-    def keep(self, keys: jax.Array, values: jax.Array) -> KeyValue:
-        """Keys and values, each [R, K, C, d] -> what is kept of them."""
-        return self._cut(_turned(self._encode(keys), KEYS), KEYS), self._cut(self._encode(values), VALUES)
+    def keep(self, keys: jax.Array, values: jax.Array, least: int = LEAST_COLUMNS) -> KeyValue:
+        """Keys and values, each [R, K, C, d] -> what is kept of them; ``least`` as of ``widths``."""
+        cut = partial(self._cut, least=least)
+        return cut(_turned(self._encode(keys), KEYS), KEYS), cut(self._encode(values), VALUES)
 
     def write(self, kept: KeyValue, keys: jax.Array, values: jax.Array, column: jax.Array) -> KeyValue:
         """Puts new keys and values, each [R, K, d], at column ``column`` [R]; columns from C on are dropped."""
@@ -275,9 +278,9 @@ class Keeper:
             return Int8.of(x)
         return x.astype(self.compute.dtype if self.dtype == "auto" else self.dtype)
 
-    def _cut(self, whole: Block, axis: int) -> Blocks:
+    def _cut(self, whole: Block, axis: int, least: int = LEAST_COLUMNS) -> Blocks:
         out, start = [], 0
-        for width in self.widths(whole.shape[axis]):
+        for width in self.widths(whole.shape[axis], least):
             cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + width, axis=axis)
             out.append(self._pin(jax.tree.map(cut, whole)))
             start += width

@@ -16,7 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.mesh import single_device_mesh, spec_for
 from grpo_jax.models import prefill, transformer
-from grpo_jax.models.decode_attention import KV_DTYPES, READERS, Keeper, KeyValue
+from grpo_jax.models.decode_attention import (
+    KV_DTYPES,
+    LEAST_COLUMNS,
+    LEAST_PROMPT_COLUMNS,
+    READERS,
+    Keeper,
+    KeyValue,
+)
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.lora import cut, join, merge
 from grpo_jax.models.seats import Seats
@@ -265,11 +272,19 @@ class Model:
     def prefill(self, view: View, tokens: jax.Array, prompt_len: jax.Array) -> tuple[jax.Array, PromptCache]:
         """Prompts [Q, P] int32 of lengths [Q], at least 1 -> hidden [Q, D] at each one's last token, and its cache."""
         hidden, cache = prefill.prefill(self.layout, view, tokens, prompt_len)
-        return hidden, tuple(self.keeper.keep(keys, values) for keys, values in cache)
+        return hidden, tuple(self.keeper.keep(*both, LEAST_PROMPT_COLUMNS) for both in cache)
 
     def init_cache(self, rows: int, length: int) -> Cache:
         """Zeros for B rows of C columns in ``kv_dtype``, rows over data and fsdp, key heads over tensor."""
-        return tuple(self.keeper.empty(rows, layer.kv_heads, length, layer.head_dim) for layer in self.spec.layers)
+        return self._empty(rows, length, LEAST_COLUMNS)
+
+    def init_prompt_cache(self, prompts: int, length: int) -> PromptCache:
+        """Zeros for Q prompts of P columns, in the blocks that ``prefill`` makes."""
+        return self._empty(prompts, length, LEAST_PROMPT_COLUMNS)
+
+    def _empty(self, rows: int, length: int, least: int) -> Cache:
+        heads = [(layer.kv_heads, layer.head_dim) for layer in self.spec.layers]
+        return tuple(self.keeper.empty(rows, count, length, size, least) for count, size in heads)
 
     def resize_cache(self, layer: KeyValue, length: int) -> KeyValue:
         """One layer's cache with ``length`` columns: longer by zeros, or cut."""

@@ -172,13 +172,13 @@ class Programs:
         spec = spec_for(at.axes_of(len(shape)), shape, self._model.compute.mesh)
         return Struct(shape, dtype, sharding=NamedSharding(self._model.compute.mesh, spec))
 
-    def _cache(self, rows: int, length: int) -> Any:
-        cache = jax.eval_shape(lambda: self._model.init_cache(rows, length))
+    def _cache(self, make: Callable[[int, int], Any], rows: int, length: int) -> Any:
+        cache = jax.eval_shape(lambda: make(rows, length))
         return jax.tree.map(lambda x: self._pinned(x.dtype, *x.shape), cache)
 
     def _context(self, count: int) -> Context:
         small = self._pinned(jnp.int32, count), self._pinned(jnp.int32, count, self._width)
-        return Context(self._cache(count, self._width), *small)
+        return Context(self._cache(self._model.init_prompt_cache, count, self._width), *small)
 
     def _slots(self, shape: Shape) -> Slots:
         count, wide = self._pinned(jnp.int32, shape.rows), partial(self._pinned, jnp.float32)
@@ -193,7 +193,7 @@ class Programs:
             logp=logp,
             drawn_logp=logp if self._rules.changed else None,
         )
-        return Slots(rows, self._cache(shape.rows, shape.length))
+        return Slots(rows, self._cache(self._model.init_cache, shape.rows, shape.length))
 
     def _seats(self, shape: Shape) -> Seats:
         if shape.even:
