@@ -339,3 +339,23 @@ def test_a_run_whose_learning_rate_ends_cannot_be_made_longer(checkpoint, tmp_pa
     train(checkpoint, tmp_path / "run", steps=1, **tables)
     with pytest.raises(ValueError, match="steps: 1 -> 2"):
         train(checkpoint, tmp_path / "run", steps=2, **tables)
+
+
+@pytest.mark.parametrize("handed_in", [False, True], ids=["by its config", "from Python"])
+def test_a_mixture_of_files_trains_by_its_weights_and_goes_on(handed_in, checkpoint, tmp_path):
+    weights, rows = {}, {"many": ROWS[:20], "few": [{"prompt": "1+1=", "answer": "2"}]}
+    for (name, part), weight in zip(rows.items(), (1, 3), strict=True):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+        weights[str(path)] = weight
+    log = {"quiet": True, "report": False, "completions": 16}
+    for steps in (8, 10):
+        config = config_for(
+            tmp_path / "run", steps=steps, data={"train": "quickstart" if handed_in else weights, "eval": None}, log=log
+        )
+        own = {"train_dataset": weights} if handed_in else {}
+        trainer = grpo_jax.Trainer(checkpoint, share_of_digits, config=config, **own)
+        assert trainer.config.data.train == weights and trainer.train()["steps"] == steps
+    drawn = [row["prompt"] for row in read_json_lines(tmp_path / "run" / "completions.jsonl") if row["sample"] == 0]
+    assert len(drawn) == 40 and 22 <= drawn.count("1+1=") <= 38  # 30 in the mean; 3 standard deviations are 8
+    assert set(drawn) - {"1+1="} <= {row["prompt"] for row in ROWS[:20]}

@@ -75,8 +75,8 @@ def check_rows(rows: Sequence[Row], prompt_column: str | None = "prompt", places
 
 
 def describe(source: Any) -> Any:
-    """What a run's record says of a source: its name, or how many rows were handed in."""
-    if source is None or isinstance(source, str):
+    """What a run's record says of a source: its name, or how many rows were handed in; of a mixture each weight."""
+    if source is None or isinstance(source, str | int | float):
         return source
     if isinstance(source, Path):
         return str(source)
