@@ -32,8 +32,8 @@ class EarlyStopping(Callback):
             near = difflib.get_close_matches(self._config.metric, names, 1)
             raise ValueError(
                 f"eval.stop.metric: got {self._config.metric!r}, which no evaluation has; "
-                + (f"did you mean {near[0]}? " if near else "")
-                + f"It has {', '.join(names)}."
+                + (f"did you mean {near[0]}? It has " if near else "it has ")
+                + ", ".join(names)
             )
         return self._judge(evaluation.metrics)
 
