@@ -16,7 +16,7 @@ MASKED = -1e30
 """Score of a masked column: finite, so that a row without any valid column stays finite with its gradient."""
 
 SPAN, SPANS = 128, 8
-"""Of the queries of a causal row so many go together, and in so many parts at most: fewer multiply in vain what lies
+"""Of the queries of a row so many go together, and in so many parts at most: fewer multiply in vain what lies
 above the diagonal, more make small products (512 columns on a CPU: 115 ms in one part, 57 in four, 62 in eight)."""
 
 Read = Callable[[jax.Array, jax.Array, jax.Array, int | None, float | None], jax.Array]
@@ -110,22 +110,29 @@ def cap(scores: jax.Array, softcap: float | None) -> jax.Array:
 def attend(
     compute: Compute, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None
 ) -> jax.Array:
-    """q [N, T, K, g, d] over k, v [N, S, K, d] where mask [N, T, S] -> [N, T, K, g, d]."""
-    scores = cap(compute.einsum("ntkgd,nskd->nkgts", q, k, out=jnp.float32), softcap)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
-    return compute.einsum("nkgts,nskd->ntkgd", weights.astype(compute.dtype), v)
+    """q [N, T, K, g, d] over k, v [N, S, K, d] where mask [N, T, S] -> [N, T, K, g, d].
 
-
-def attend_causal(
-    compute: Compute, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None
-) -> jax.Array:
-    """``attend`` where the queries are of the last T columns and none sees one after its own, part by part."""
+    The queries are of the last T columns, and none sees a column after its own.
+    """
+    # Heads go first once: else each product's scores are copied into another order, which takes a fifth of the time.
+    q, k, v = (jnp.moveaxis(x, 1, -2) for x in (q, k, v))
     (queries, columns), parts = mask.shape[1:], []
     size = -(-queries // min(SPANS, -(-queries // SPAN)))
     for start in range(0, queries, size):
         here, end = slice(start, start + size), columns - queries + min(start + size, queries)
-        parts.append(attend(compute, q[:, here], k[:, :end], v[:, :end], mask[:, here, :end], softcap))
-    return jnp.concatenate(parts, axis=1)
+        parts.append(_mix(compute, q[..., here, :], k[..., :end, :], v[..., :end, :], mask[:, here, :end], softcap))
+    return jnp.moveaxis(jnp.concatenate(parts, axis=-2), -2, 1)
+
+
+def _mix(
+    compute: Compute, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, softcap: float | None
+) -> jax.Array:
+    """The softmax of one part, heads first; divided by its sum where the numbers are few, after the values."""
+    scores = cap(compute.einsum("nkgtd,nksd->nkgts", q, k, out=jnp.float32), softcap)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = compute.einsum("nkgts,nksd->nkgtd", weights.astype(compute.dtype), v, out=jnp.float32)
+    return (mixed / weights.sum(axis=-1)[..., None]).astype(compute.dtype)
 
 
 def row_reader(
@@ -148,15 +155,15 @@ def row_reader(
     """
     if shared is None:
         masks = _masks(windows, positions, segment_ids, context_ids)
-        return lambda q, k, v, window, softcap: attend_causal(compute, q, k, v, masks[window], softcap)
+        return lambda q, k, v, window, softcap: attend(compute, q, k, v, masks[window], softcap)
     prompt, context = shared.prompt_len, None if context_ids is None else _alone(context_ids, shared)
     before = _masks(windows, positions[:, :prompt], segment_ids[:, :prompt], None)
     behind = _masks(windows, _alone(positions, shared), _alone(segment_ids, shared), context, prompt)
 
     def read(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, softcap: float | None) -> jax.Array:
-        first = attend_causal(compute, q[:, :prompt], k[:, :prompt], v[:, :prompt], before[window], softcap)
+        first = attend(compute, q[:, :prompt], k[:, :prompt], v[:, :prompt], before[window], softcap)
         rest = _blocks(q, shared), _alone(k, shared), _alone(v, shared)
-        then = attend_causal(compute, *rest, behind[window], softcap)
+        then = attend(compute, *rest, behind[window], softcap)
         return jnp.concatenate([first, then.reshape(q.shape[0], -1, *q.shape[2:])], axis=1)
 
     return read

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grpo_jax.models.attention import MASKED, attend_causal, cap, segment_mask, window_mask
+from grpo_jax.models.attention import MASKED, attend, cap, segment_mask, window_mask
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.spec import LayerSpec
 from grpo_jax.models.transformer import Layout, Mix, View, unrolled
@@ -45,7 +45,7 @@ def _whole(layout: Layout, view: View, x: jax.Array, prompt_len: jax.Array) -> t
         layer = layout.layers[index]
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            mixed = attend_causal(compute, q, k, v, masks[layer.window], layer.softcap)
+            mixed = attend(compute, q, k, v, masks[layer.window], layer.softcap)
             return mixed, (_to_cache(compute, k), _to_cache(compute, v))
 
         return mix
