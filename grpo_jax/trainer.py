@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Trainer:
             callbacks: what looks on, behind those the config names; any of them may end the run.
             name: what the run's directory is called after when the config names none.
         """
-        _check_arguments(model, reward_funcs, config, callbacks)
+        _check_arguments(model, reward_funcs, train_dataset, config, callbacks)
         config = config or TrainConfig()
         rewards = config.reward.functions if reward_funcs is None else reward_funcs
         self._rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
@@ -353,7 +353,7 @@ class _Run:
         return self.record["seconds"] + time.perf_counter() - self.begun
 
 
-def _check_arguments(model: Any, reward_funcs: Any, config: Any, callbacks: Sequence[Any]) -> None:
+def _check_arguments(model: Any, reward_funcs: Any, train_dataset: Any, config: Any, callbacks: Sequence[Any]) -> None:
     """Refuse objects that Trainer cannot take, such as other trainers take."""
     if config is not None and not isinstance(config, TrainConfig):
         raise ValueError(
@@ -372,6 +372,11 @@ def _check_arguments(model: Any, reward_funcs: Any, config: Any, callbacks: Sequ
                 f"reward_funcs: got {function!r}, which cannot be called; give functions, or names as reward.functions "
                 "takes them"
             )
+    if isinstance(train_dataset, Mapping) and not all(isinstance(part, int | float) for part in train_dataset.values()):
+        raise ValueError(
+            f"train_dataset: got several datasets, {list(train_dataset)}, where one is needed, or a mapping of names "
+            "to weights; give one of them"
+        )
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ValueError(

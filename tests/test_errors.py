@@ -283,6 +283,10 @@ def test_the_version(capsys):
     [
         ({"config": {"steps": 1}}, "config: got a dict, which is no TrainConfig; "),
         ({"model": object()}, "model: got a object, but a run loads its model itself; "),
+        (
+            {"train_dataset": {"train": [{}], "test": [{}]}},
+            r"train_dataset: got several datasets, \['train', 'test'\], ",
+        ),
         ({"reward_funcs": 5}, "reward_funcs: got 5, which cannot be called; "),
         ({"reward_funcs": ["gsm8k", None]}, "reward_funcs: got None, which cannot be called; "),
     ],
