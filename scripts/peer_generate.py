@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 
-def transformers_rollout(work: dict[str, Any]) -> Callable[[], None]:
-    """As TRL 1.16 samples without another engine: transformers' generate on the prompts, each repeated."""
+def qwen2(work: dict[str, Any]) -> Any:
+    """A random Qwen2 of the work's shape, in torch."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
     config = Qwen2Config(
         vocab_size=work["vocab"],
         hidden_size=work["width"],
@@ -33,8 +32,16 @@ def transformers_rollout(work: dict[str, Any]) -> Callable[[], None]:
         pad_token_id=0,
         bos_token_id=None,
     )
+    return Qwen2ForCausalLM(config)
+
+
+def transformers_rollout(work: dict[str, Any]) -> Callable[[], None]:
+    """As TRL 1.16 samples without another engine: transformers' generate on the prompts, each repeated."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2ForCausalLM(config).to(device, getattr(torch, work["dtype"])).eval()
+    model = qwen2(work).to(device, getattr(torch, work["dtype"])).eval()
     prompts = torch.randint(2, work["vocab"], (work["prompts"], work["prompt_len"]), device=device)
     ids = prompts.repeat_interleave(work["samples"], dim=0)
     length = work["length"]

@@ -119,28 +119,16 @@ def trl(work: dict[str, Any]) -> None:
     """TRL's GRPOTrainer, on the CPU where there is no GPU; sampling by transformers' generate."""
     import torch
     from datasets import Dataset
-    from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+    from peer_generate import qwen2
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.manual_seed(0)
     gate = Gate(1)
 
     class Turns(TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
             gate()
 
-    config = Qwen2Config(
-        vocab_size=work["vocab"],
-        hidden_size=work["width"],
-        num_hidden_layers=work["layers"],
-        num_attention_heads=work["heads"],
-        num_key_value_heads=work["kv_heads"],
-        intermediate_size=work["ffn"],
-        tie_word_embeddings=work["tied"],
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
     with tempfile.TemporaryDirectory() as directory:
         arguments = GRPOConfig(
             output_dir=directory,
@@ -159,7 +147,7 @@ def trl(work: dict[str, Any]) -> None:
             disable_tqdm=True,
         )
         GRPOTrainer(
-            model=Qwen2ForCausalLM(config),
+            model=qwen2(work),
             reward_funcs=by_parity,
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": prompts(work)}),

@@ -69,6 +69,7 @@ def test_command_line_over_file_over_preset(tmp_path):
     [
         ({"stepz": 3}, "stepz"),
         ({"rollout": {"num_samples": 1}}, "rollout.num_samples"),
+        ({"rollout": {"num_samples": 1_000_000_000}}, "rollout.num_samples"),
         ({"optim": {"learning_rate": -1.0}}, "optim.learning_rate"),
         ({"algorithm": {"loss": {"clip_highs": 0.1}}}, "algorithm.loss.clip_highs"),
         ({"optim": {"minibatches": 5}}, "optim.minibatches"),

@@ -52,6 +52,13 @@ def _shape(config: TrainConfig) -> list[Refusal]:
             f"Choose {_nearest_that_divide(optim.minibatches, rollout.prompts_per_step)}.",
         ),
         (
+            "rollout.num_samples",
+            rollout.prompts_per_step * rollout.num_samples * rollout.max_new_tokens >= 2**31,
+            f"got {rollout.num_samples}, which with rollout.prompts_per_step = {rollout.prompts_per_step} and "
+            f"rollout.max_new_tokens = {rollout.max_new_tokens} is 2**31 tokens a step or more, beyond what an array's "
+            "places are counted in. Lower one of them.",
+        ),
+        (
             "rollout.layout",
             re.fullmatch(r"train|replicated|tensor=[1-9][0-9]*", rollout.layout) is None,
             f"got {rollout.layout!r}, which is none of its values; use train, replicated, or such as tensor=2.",
