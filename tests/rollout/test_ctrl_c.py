@@ -16,12 +16,10 @@ engine = ContinuousEngine(model, 16, slots=8)
 asked = [Prompt(i, (5 + i, 6, 7)) for i in range(5)]
 call = {"num_samples": 4, "sampling": Sampling(max_new_tokens=200), "seed": 0, "step": 0}
 before = engine.generate(params, asked, **call)
-print("decoding", flush=True)
-ended = 0
 try:
-    while True:
+    print("decoding", flush=True)
+    for _ in range(1000):
         engine.generate(params, asked, **call)
-        ended += 1
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 after = engine.generate(params, asked, **call)
