@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -69,6 +70,22 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         _say("\n".join([f"error: {line}" for line in _lines(error)] + _notes(error)))
         return 2 if isinstance(error, ValueError) and no_space(error) is None else 1
+    return 0
+
+
+def in_a_line(work: Callable[[], None]) -> int:
+    """Do the work of another command; its exit status, as of `main`. An error is a line on standard error."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        _say("")
+        return 130
+    except BrokenPipeError:  # whoever read has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except Exception as error:
+        _say("\n".join(f"error: {line}" for line in _lines(error)))
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 

@@ -9,7 +9,7 @@ Prints lines of a table for docs/BENCHMARKS.md. Each peer lives in a virtual env
 else the machine does hits all; a ratio is the median of the ratios of turns. With imposed stop lengths a static batch
 runs to the longest row, and so does a peer's; tokens count up to each row's stop only. A peer whose turn takes long has
 one. `step-*` are whole GRPO steps (bench_step.py); `start` is the time to the first token in a new process, on a cold
-and a warm cache.
+and a warm cache. With JAX_NUM_CPU_DEVICES=2 before it the CPU counts as two devices, and ours cuts heads over them.
 """
 
 import argparse
@@ -25,8 +25,10 @@ from pathlib import Path
 import bench_step
 import jax
 import numpy as np
-from contest import HEADING, SCRIPTS, Floor, Machine, Work, against, changed, python_of, row, turns_of
+from contest import HEADING, SCRIPTS, Floor, Machine, Work, against, changed, cpu_devices, python_of, row, turns_of
 
+from grpo_jax.mesh import make_mesh
+from grpo_jax.models import Model
 from grpo_jax.rollout import ContinuousEngine, Sampling
 from grpo_jax.types import Prompt
 
@@ -50,11 +52,17 @@ ON_CPU = ("short", "long", "vocabulary", "start", *bench_step.WORKS)
 PEERS = ("transformers", "tunix")
 
 
+def split_over_cpu(model: Model) -> Model:
+    """The model with its heads over all devices, where those are parts of one CPU."""
+    count = cpu_devices()
+    return model if count == 1 else replace(model, mesh=make_mesh(data=1, tensor=count))
+
+
 class Ours:
     """The engine, and the static batch it is compared with: every prompt repeated, all rows up to the longest."""
 
     def __init__(self, work: Work):
-        self.work, self.model = work, work.model()
+        self.work, self.model = work, split_over_cpu(work.model())
         self.params = self.model.init(0)
         rng = np.random.default_rng(0)
         self.prompts = [
@@ -158,7 +166,8 @@ def main() -> None:
     parser.add_argument("--python", type=Path, help="an interpreter that has the peer, instead of an environment")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="change fields of every work")
     options = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}\n\n{HEADING}", flush=True)
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    print(f"{count} x {kind}, {os.cpu_count()} cores, jax {jax.__version__}\n\n{HEADING}", flush=True)
     for name in options.only or ON_CPU:
         if name == "start":
             start()

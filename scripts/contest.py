@@ -95,6 +95,11 @@ class Work:
         return Model(ModelSpec.from_hf(config), dtype=self.dtype, param_dtype=self.dtype)
 
 
+def cpu_devices() -> int:
+    """As how many devices the CPU counts; 1 where another kind of device is used."""
+    return jax.device_count() if jax.default_backend() == "cpu" else 1
+
+
 @dataclass(frozen=True)
 class Machine:
     """FLOP/s of a large product, and bytes/s of reading a large array, best of several tries."""

@@ -8,71 +8,94 @@ reward function gives more than --correct-above. maj@k counts the answers that c
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import numpy as np
-
+from grpo_jax.cli import in_a_line
 from grpo_jax.config import TrainConfig
-from grpo_jax.data import held_out_prompts, load_tokenizer, resolve_model, stop_ids
-from grpo_jax.evaluation import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k
-from grpo_jax.metrics import keep_compiled
-from grpo_jax.models import load_model
-from grpo_jax.rewards import RewardPool
-from grpo_jax.rewards.answers import marked_answer, normalise
-from grpo_jax.rollout import USUAL_ROOM, engine_from, room_for, sampling_from
-from grpo_jax.scoring import Scorer
+
+OPTIONS = {
+    "rollout.prompts_per_step": "--slots",
+    "rollout.slots": "--slots",
+    "rollout.max_new_tokens": "--max-new-tokens",
+    "rollout.temperature": "--temperature",
+    "rollout.top_p": "--top-p",
+    "eval.prompts": "--prompts",
+    "eval.correct_above": "--correct-above",
+    "data.prompt_column": "--prompt-column",
+    "seed": "--seed",
+}
+"""Fields of a run's config -> the options that are put there."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data")
-    parser.add_argument("--reward", default="exact_match")
+    parser.add_argument("--reward", help="default: exact_match, or quickstart for that model")
     parser.add_argument("--samples", type=int, default=8, help="k; 0 judges greedily only")
     parser.add_argument("--prompts", type=int, help="the first so many")
     parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--as-messages", action="store_true", help="a prompt that is a string is a user's message")
     parser.add_argument("--max-new-tokens", type=int, help="default: 256, or what the model has positions for")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples; --samples 0 judges greedily")
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--correct-above", type=float, default=0.5)
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    try:
-        for name, value, low, high in figures(parser.parse_args()):
-            print(f"{name:10} {value:6.1%}   95 % interval {low:.1%} to {high:.1%}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+    return in_a_line(partial(evaluate, parser.parse_args()))
+
+
+def evaluate(asked: argparse.Namespace) -> None:
+    for name, value, low, high in figures(asked):
+        print(f"{name:10} {value:6.1%}   95 % interval {low:.1%} to {high:.1%}", flush=True)
 
 
 def config_of(asked: argparse.Namespace) -> TrainConfig:
     if asked.samples < 0:
         raise ValueError(f"--samples: got {asked.samples}. Use 0 to judge greedily only, or more.")
+    from grpo_jax.rollout import USUAL_ROOM
+
     rollout = {
         "max_new_tokens": USUAL_ROOM if asked.max_new_tokens is None else asked.max_new_tokens,
         "temperature": asked.temperature,
         "top_p": asked.top_p,
     }
-    return TrainConfig.from_tables(
-        {
-            "seed": asked.seed,
-            "model": {"path": asked.model, "dtype": asked.dtype, "param_dtype": asked.dtype},
-            "data": {"eval": asked.data, "prompt_column": asked.prompt_column, "as_messages": asked.as_messages},
-            "rollout": rollout | {"prompts_per_step": asked.slots, "num_samples": 2, "slots": asked.slots},
-            "reward": {"functions": [asked.reward]},
-            "eval": {"prompts": asked.prompts, "correct_above": asked.correct_above},
-        }
-    )
+    tables = {
+        "seed": asked.seed,
+        "model": {"path": asked.model, "dtype": asked.dtype, "param_dtype": asked.dtype},
+        "data": {"eval": asked.data, "prompt_column": asked.prompt_column, "as_messages": asked.as_messages},
+        "rollout": rollout | {"prompts_per_step": asked.slots, "num_samples": 2, "slots": asked.slots},
+        "reward": {"functions": [asked.reward]},
+        "eval": {"prompts": asked.prompts, "correct_above": asked.correct_above},
+    }
+    try:
+        return TrainConfig.from_tables(tables)
+    except ValueError as error:
+        lines = [line.partition(": ") for line in str(error).splitlines()]
+        raise ValueError(
+            "\n".join(dict.fromkeys(f"{OPTIONS.get(path, path)}: {why}" for path, _, why in lines))
+        ) from None
 
 
-def figures(asked: argparse.Namespace) -> list[tuple[str, float, float, float]]:
-    """(name, mean over prompts, ends of its interval) of each figure."""
+def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, float]]:
+    """(name, mean over prompts, ends of its interval) of each figure, when it is there."""
+    # What takes seconds to import comes where Ctrl-C ends in a line.
+    import numpy as np
+
+    from grpo_jax.data import held_out_prompts, load_tokenizer, resolve_model, stop_ids
+    from grpo_jax.evaluation import bootstrap_interval
+    from grpo_jax.metrics import keep_compiled
+    from grpo_jax.models import load_model
+    from grpo_jax.rewards import RewardPool
+    from grpo_jax.rollout import engine_from, room_for, sampling_from
+    from grpo_jax.scoring import Scorer
+
+    keep_compiled(TrainConfig().compilation_cache)
+    asked.reward = asked.reward or ("quickstart" if asked.model == "quickstart" else "exact_match")
     config = config_of(asked)
     source = resolve_model(config.model.path)
     tokenizer = load_tokenizer(source)
@@ -87,26 +110,28 @@ def figures(asked: argparse.Namespace) -> list[tuple[str, float, float, float]]:
         engine = replace(engine_from(config.rollout, model, held_out.longest, tokenizer), ahead=False)
         view = engine.view(params)
         del params  # one copy of the model is enough
-        sampling, rows = sampling_from(config.rollout, stops), []
+        sampling = sampling_from(config.rollout, stops)
         scorer = Scorer(pool, tokenizer, stops, config)
         for k, options in ((1, replace(sampling, temperature=0.0, top_p=None)), (asked.samples, sampling)):
             if not k:
                 continue
+            how = "samples each" if options is sampling else "greedy completion each"
+            print(f"{len(held_out.prompts)} prompts, {k} {how} ...", file=sys.stderr, flush=True)
             rollout = engine.generate(view, held_out.prompts, num_samples=k, sampling=options, seed=config.seed, step=0)
             answers = scorer.rewards(held_out.prompts, rollout)
             for warning in answers.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
             right = (np.nan_to_num(answers.by_function[0]) > asked.correct_above).reshape(-1, k)
-            rows += (
-                of_samples(right, answers.completions)
-                if options is sampling
-                else [("greedy", right[:, 0].astype(float))]
-            )
-    return [(name, float(np.mean(values)), *bootstrap_interval(values)) for name, values in rows]
+            greedy = [("greedy", right[:, 0].astype(float))]
+            for name, values in of_samples(right, answers.completions) if options is sampling else greedy:
+                yield name, float(np.mean(values)), *bootstrap_interval(values)
 
 
-def of_samples(right: np.ndarray, texts: list[str]) -> list[tuple[str, np.ndarray]]:
-    """[P, k] bool and the P * k texts -> the figures by prompt."""
+def of_samples(right: Any, texts: list[str]) -> list[tuple[str, Any]]:
+    """[P, k] bool and the P * k texts -> the figures by prompt, each [P]."""
+    from grpo_jax.evaluation import avg_at_k, maj_at_k, pass_at_k
+    from grpo_jax.rewards.answers import marked_answer, normalise
+
     k = right.shape[1]
     marked = [marked_answer(text) for text in texts]
     said = [None if answer is None else normalise(answer) for answer in marked]
@@ -120,5 +145,4 @@ def of_samples(right: np.ndarray, texts: list[str]) -> list[tuple[str, np.ndarra
 
 
 if __name__ == "__main__":
-    keep_compiled(TrainConfig().compilation_cache)
     sys.exit(main())

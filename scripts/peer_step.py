@@ -69,7 +69,7 @@ def by_parity(completion_ids: list[list[int]], **_: object) -> list[float]:
 
 def ours(work: dict[str, Any]) -> None:
     """grpo_jax's own Trainer, logging as it does, without evaluation or report."""
-    from contest import Work
+    from contest import Work, cpu_devices
 
     from grpo_jax import TrainConfig, Trainer
     from grpo_jax.callbacks import Callback, Step
@@ -102,6 +102,7 @@ def ours(work: dict[str, Any]) -> None:
                 "num_samples": shape.samples,
                 "max_new_tokens": shape.cap,
                 "banned_token_ids": [1],
+                "layout": f"tensor={cpu_devices()}" if cpu_devices() > 1 else "train",
             },
             "algorithm": {"preset": "grpo", "loss": {"kl_coef": 0.0}},
             # On a CPU, an update of 8 x 8 completions of 32 + 64 tokens: 0.49 s so, 0.61 in one piece, and in padded

@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from grpo_jax.algo import PRESETS
 from grpo_jax.cli import main, parse
 from grpo_jax.config import Section, TrainConfig
 from grpo_jax.config.arguments import merge, read_command
-from grpo_jax.config.fields import ELSEWHERE, leaves
+from grpo_jax.config.fields import ELSEWHERE, WHOLE, leaves
 
 
 class Inner(Section):
@@ -20,6 +21,8 @@ class Inner(Section):
     """Which."""
     weights: tuple[float, ...] | None = None
     """How much."""
+    texts: tuple[str, ...] = Field(default=(), json_schema_extra=WHOLE)
+    """Said how."""
     on: bool = False
     """Whether."""
 
@@ -49,6 +52,8 @@ class Outer(Section):
         ("--inner.names a,b", {"inner": {"names": ("a", "b")}}),
         ('--inner.names ["a","b"]', {"inner": {"names": ("a", "b")}}),
         ("--inner.names=", {"inner": {"names": ()}}),
+        ("--inner.texts a,b", {"inner": {"texts": ("a,b",)}}),
+        ("--inner.texts=", {"inner": {"texts": ("",)}}),
         ("--inner.weights 1,-0.5", {"inner": {"weights": (1.0, -0.5)}}),
         ("--inner.weights -1 0.5", {"inner": {"weights": (-1.0, 0.5)}}),
         ("--inner.weights none", {"inner": {"weights": None}}),
@@ -71,6 +76,11 @@ def test_values_of_each_kind(words, tables):
     assert command.file is None
     got = Outer.model_validate(command.tables).model_dump(exclude_unset=True)
     assert got == tables
+
+
+@pytest.mark.parametrize("text", ["\n", ", ", "Hello, world", ": "])
+def test_one_stop_string_is_taken_as_it_is(text):
+    assert parse(["--rollout.stop_strings", text])[0].rollout.stop_strings == (text,)
 
 
 def test_a_file_stands_anywhere_but_among_the_values_of_a_list():

@@ -182,6 +182,11 @@ def test_bfloat16_corrects_for_the_sampler_unless_told_otherwise():
     assert correction("bfloat16") == correction("bfloat16", clip_high=0.3) == "tis"
     assert correction("bfloat16", correction=None) is None and correction("bfloat16", correction="icepop") == "icepop"
     assert correction("float32") is None
+    assert TrainConfig(model=ModelConfig(dtype="bfloat16")).loss.correction == "tis"
+    both = {"model": ModelConfig(dtype="bfloat16"), "algorithm": AlgorithmConfig(loss={"correction": "icepop"})}
+    assert TrainConfig(**both).loss.correction == "icepop" and TrainConfig(model=ModelConfig()).loss.correction is None
+    kept = TrainConfig(model=ModelConfig(dtype="bfloat16"), algorithm=AlgorithmConfig(preset="dapo"))
+    assert (kept.loss.correction, kept.loss.clip_high) == ("tis", 0.28)
     config = TrainConfig.from_tables({"model": {"dtype": "bfloat16"}, "algorithm": {"loss": {"correction": None}}})
     assert TrainConfig.from_tables(config.model_dump()) == config
 

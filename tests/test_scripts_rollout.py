@@ -1,11 +1,14 @@
 """scripts/sample.py and scripts/evaluate.py on a tiny checkpoint."""
 
 import importlib.util
+import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,6 +61,47 @@ def test_sample_writes_what_generate_gives(checkpoint, monkeypatch, capsys, coun
         }
 
 
+def test_sample_writes_while_the_completion_grows(checkpoint, monkeypatch, capsys):
+    """Half a character waits for its other half; what is written stays."""
+    module, shown = script("sample"), []
+    halves = {1: "a", 2: "a\N{REPLACEMENT CHARACTER}", 3: "a\N{SNOWMAN}b"}
+    writer = module.Writer(lambda ids: halves[len(ids)], 1)
+    for count in halves:
+        writer(0, np.zeros(count, int), count == 3)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "\N{SNOWMAN}b\n"]
+    seen = []
+    monkeypatch.setattr(module.Writer, "__call__", lambda self, row, tokens, done: seen.append((len(tokens), done)))
+    monkeypatch.setattr(sys, "argv", ["sample", str(checkpoint), "--prompt", "3+4=", "--max-new-tokens", "40"])
+    assert module.main() == 0
+    assert [done for _, done in seen] == [False] * (len(seen) - 1) + [True] and len(seen) > 1
+    assert max(np.diff([0, *(count for count, _ in seen)])) <= 4
+
+
+def test_sample_reads_its_prompt_from_standard_input(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3+4=\n"))
+    assert run("sample", monkeypatch, checkpoint, "--max-new-tokens", 40) == 0
+    assert capsys.readouterr().out == texts_of(checkpoint, 1)[0] + "\n"
+
+
+def test_sample_ends_quietly_where_nobody_reads_on(checkpoint):
+    command = [
+        sys.executable,
+        SCRIPTS / "sample.py",
+        checkpoint,
+        "--prompt",
+        "3+4=",
+        "-n",
+        "3",
+        "--max-new-tokens",
+        "4",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_sample_refuses_in_one_line(checkpoint, monkeypatch, capsys):
     assert run("sample", monkeypatch, checkpoint, "--prompt", "", "--max-new-tokens", 4) == 2
     assert capsys.readouterr().err.startswith("error: ")
@@ -69,7 +113,10 @@ def test_sample_refuses_in_one_line(checkpoint, monkeypatch, capsys):
         (["--max-new-tokens", 10_000], "max_new_tokens: got 10000, with prompts of up to 4 tokens more than the 256"),
         (["--max-new-tokens", 0], "max_new_tokens: got 0"),
         (["-n", 0], "num_samples: got 0"),
-        (["--chat"], "the tokenizer has no chat template"),
+        (["--chat"], "--chat: the tokenizer has no chat template"),
+        (["--system", "be kind"], "--system: got one without --chat"),
+        (["--seed", -1], "seed: got -1; a seed is from 0"),
+        (["--prompt", "3" * 300], "prompts: got one of 300 tokens, and the 256 positions"),
     ],
 )
 def test_sample_says_what_cannot_be(checkpoint, monkeypatch, capsys, arguments, says):
@@ -85,12 +132,37 @@ def test_generate_refuses_more_tokens_than_positions(checkpoint):
 
 
 @pytest.mark.parametrize(
+    ("prompts", "options", "says"),
+    [
+        (["3+4="], {}, "prompts: got the text '3.4=', and token ids are needed"),
+        ("3+4=", {}, "prompts: got the text '3', and token ids are needed"),
+        ([5, 6], {}, "prompts: got 5 where a list of token ids is needed"),
+        ([[5.5]], {}, "prompts: got .5.5. where a list"),
+        ([[5]], {"num_samples": 1.5}, "num_samples: got 1.5; use a whole number"),
+        ([[5]], {"seed": 1.5}, "seed: got 1.5"),
+        ([[5]], {"stop_strings": ["7"]}, "stop_strings: got .* without a tokenizer"),
+        ([[5]], {"seeds": [1, 2]}, "seeds: got .1, 2. for 1 prompts"),
+    ],
+)
+def test_generate_says_what_is_wrong_with_what_it_was_given(checkpoint, prompts, options, says):
+    model, params = load_model(checkpoint)
+    with pytest.raises(ValueError, match=says):
+        generate(model, params, prompts, max_new_tokens=4, **options)
+
+
+def test_generate_refuses_a_model_without_numbers(checkpoint):
+    model, params = load_model(checkpoint)
+    with pytest.raises(ValueError, match="log-probabilities are not finite"):
+        generate(model, jax.tree.map(lambda x: x * np.nan, params), [[5, 6]], 2, 4)
+
+
+@pytest.mark.parametrize(
     ("row", "arguments", "says"),
     [
         ({"prompt": "3+4="}, [], "reward 'exact_match': needs a column 'answer'"),
         ({"question": "3+4=", "answer": "7"}, [], "no column 'prompt'"),
         ({"prompt": "3+4=", "answer": "7"}, ["--samples", -1], "--samples: got -1"),
-        ({"prompt": "3+4=", "answer": "7"}, ["--max-new-tokens", 0], "rollout.max_new_tokens: got 0"),
+        ({"prompt": "3+4=", "answer": "7"}, ["--max-new-tokens", 0], "--max-new-tokens: got 0"),
         ({"prompt": "3+4=", "answer": "7"}, ["--max-new-tokens", 253], "max_new_tokens: got 253"),
     ],
 )

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from grpo_jax.algo.spec import LossConfig
-from grpo_jax.config.fields import explain
+from grpo_jax.config.fields import WHOLE, explain
 from grpo_jax.config.learning import AlgorithmConfig, CriticConfig, OptimConfig, Section
 from grpo_jax.config.refusals import refusals
 from grpo_jax.functions import load_function
@@ -109,8 +109,8 @@ class RolloutConfig(Section):
     """Completions of each prompt (G); group-relative advantages need at least 2."""
     max_new_tokens: PositiveInt = 256
     """Longest completion in tokens, its stop token included."""
-    temperature: PositiveFloat = 1.0
-    """Divides the logits, in the sampler and in the learner alike."""
+    temperature: float = Field(default=1.0, ge=0.01, allow_inf_nan=False)
+    """Divides the logits, in the sampler and in the learner alike; near 0 only rounding would be left."""
     top_k: PositiveInt | None = None
     """Sample among the k most likely tokens only."""
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -122,10 +122,10 @@ class RolloutConfig(Section):
     presence_penalty: FiniteFloat = 0.0
     """Taken from the logits of tokens in the completion so far; 0 is none."""
     min_tokens: int = Field(default=0, ge=0)
-    """No stop token before a completion has so many tokens."""
+    """No stop token or stop string ends a completion before it has so many tokens."""
     stop_token_ids: tuple[int, ...] | None = None
     """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = Field(default=(), json_schema_extra=WHOLE)
     """Texts that end a completion, with the token that completes them."""
     banned_token_ids: tuple[int, ...] = ()
     """Tokens that are never sampled."""
@@ -286,7 +286,10 @@ class TrainConfig(Section):
     def _correct_for_rounding(cls, values: Any) -> Any:
         """Sampler and learner that round otherwise differ: truncated importance sampling, unless said otherwise."""
         tables = values if isinstance(values, dict) else {}
-        model, rollout, algorithm = (tables.get(name, {}) for name in ("model", "rollout", "algorithm"))
+        given = (tables.get(name, {}) for name in ("model", "rollout", "algorithm"))
+        model, rollout, algorithm = (
+            table.model_dump(exclude_unset=True) if isinstance(table, Section) else table for table in given
+        )
         if not all(isinstance(table, dict) for table in (model, rollout, algorithm)):
             return values
         if model.get("dtype") != "bfloat16" and rollout.get("kv_dtype", "auto") == "auto":

@@ -158,8 +158,10 @@ def _value(place: Place, words: list[str]) -> Any:
         return None
     if len(words) == 1 and place.kinds != (str,) and (place.free or word[:1] in ("[", "{")):
         return _toml(word)
+    if place.several and (len(words) > 1 or place.whole):
+        return words
     if place.several:
-        return words if len(words) > 1 else [part.strip() for part in word.split(",") if part.strip()]
+        return [part.strip() for part in word.split(",") if part.strip()]
     return word
 
 

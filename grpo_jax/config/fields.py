@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 WORDS = {bool: "true|false", int: "INTEGER", float: "NUMBER", str: "TEXT"}
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -121,6 +121,10 @@ ELSEWHERE = {
 """What other trainers call a field, for the advice to one who types it: all that docs/FROM_TRL.md gives a field for."""
 
 
+WHOLE: dict[str, JsonValue] = {"whole": True}
+"""What marks a field that is a list of any text: a word of the command is never cut at its commas."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a dotted path leads.
@@ -130,12 +134,14 @@ class Place:
         kinds: types a value may have, None and the optional's own wrapping left out.
         optional: whether "none" is a value.
         free: the last key is the user's own, in a table without fixed fields.
+        whole: one word is one text of a list, its commas and spaces too.
     """
 
     keys: tuple[str, ...]
     kinds: tuple[Any, ...]
     optional: bool
     free: bool = False
+    whole: bool = False
 
     @property
     def several(self) -> bool:
@@ -176,13 +182,14 @@ def find(model: type[BaseModel], path: str) -> Place:
         ValueError: no such field, with the nearest one; or a table, which has no value of its own.
     """
     annotation: Any = model
-    parts, free = path.split("."), False
+    parts, free, whole = path.split("."), False, False
     for i, part in enumerate(parts):
         inner = table_of(annotation)
         if inner is not None:
             if part not in inner.model_fields:
                 raise ValueError(unknown(model, path))
             annotation = inner.model_fields[part].annotation
+            whole = inner.model_fields[part].json_schema_extra == WHOLE
             continue
         values = _values_of_free_table(annotation)
         if values is None:
@@ -195,7 +202,7 @@ def find(model: type[BaseModel], path: str) -> Place:
         first = next(iter(leaves(table_of(annotation) or model, f"{path}.")))[0]
         raise ValueError(f"{path}: is a table of fields and has no value itself; set a field of it, such as {first}")
     kinds = kinds_of(annotation)
-    return Place(tuple(parts), tuple(k for k in kinds if k is not type(None)), type(None) in kinds, free)
+    return Place(tuple(parts), tuple(k for k in kinds if k is not type(None)), type(None) in kinds, free, whole)
 
 
 def unknown(model: type[BaseModel], path: str) -> str:

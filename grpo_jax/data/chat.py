@@ -104,7 +104,10 @@ class PromptFormat:
         else:
             ids = self._encode_messages(tokenizer, prompt)
         if not len(ids):
-            raise ValueError(f"prompt {prompt!r}: has no tokens, but sampling begins after at least one; drop the row")
+            raise ValueError(
+                f"prompt {prompt!r}: has no tokens, but sampling begins after at least one; give it some text that the "
+                "tokenizer knows, or leave it out"
+            )
         return tuple(int(token) for token in ids)
 
     def _about_messages(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Sampling completions: the protocol every engine keeps, and `generate` for use alone."""
 
-from collections.abc import Iterable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from grpo_jax.models.model import Model, View
@@ -51,9 +52,14 @@ def room_for(model: Model, prompt_len: int, asked: int | None = None) -> int:
         ValueError: more than there is room for.
     """
     room = model.spec.max_len - prompt_len
-    if room < (1 if asked is None else asked):
+    if room < 1:
         raise ValueError(
-            f"max_new_tokens: got {asked or 1}, with prompts of up to {prompt_len} tokens more than the "
+            f"prompts: got one of {prompt_len} tokens, and the {model.spec.max_len} positions the model was made for "
+            "leave no room for a completion. Shorten it."
+        )
+    if asked is not None and room < asked:
+        raise ValueError(
+            f"max_new_tokens: got {asked}, with prompts of up to {prompt_len} tokens more than the "
             f"{model.spec.max_len} positions the model was made for. Lower it, or shorten the prompts."
         )
     return min(room, USUAL_ROOM) if asked is None else asked
@@ -71,6 +77,15 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    min_tokens: int = 0,
+    banned_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
 ) -> Rollout:
     """Sample completions of prompts given as token ids.
 
@@ -86,23 +101,50 @@ def generate(
         stop_ids: tokens that end a completion; None takes those of the checkpoint's config files.
         seed: with the request ids it fixes every completion, whatever else is in the call.
         request_ids: one number a prompt that addresses its randomness; None numbers them from 0.
+        seeds: one a prompt, instead of ``seed``.
+        min_p, repetition_penalty, presence_penalty, min_tokens, banned_ids, stop_strings: see `Sampling`.
+        decode: token ids to text, as a tokenizer does; needed for ``stop_strings``.
 
     Returns:
-        Rollout of N = Q * G rows; ``sampler_logp`` is that of the tempered distribution before truncation.
+        Rollout of N = Q * G rows; ``sampler_logp`` is that of the tempered distribution before penalties and
+        truncation.
 
     Raises:
         ValueError: an empty or missing prompt, a token outside the vocabulary, more tokens than the model has
-            positions, an illegal option.
+            positions, an illegal option, a model whose log-probabilities are not finite.
     """
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name}: got {value!r}; use a whole number.")
     ids = range(len(prompts)) if request_ids is None else request_ids
     if len(ids) != len(prompts):
         raise ValueError(f"request_ids: got {len(ids)} for {len(prompts)} prompts. Give one a prompt.")
     if num_samples < 1:
         raise ValueError(f"num_samples: got {num_samples}; at least 1 completion a prompt must be sampled.")
     stops = model.spec.stop_ids if stop_ids is None else stop_ids
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, tuple(sorted(set(stops))))
-    asked = [Prompt(int(i), tuple(tokens)) for i, tokens in zip(ids, prompts, strict=True)]
-    room_for(model, max((len(tokens) for tokens in prompts), default=0), max_new_tokens)
-    return ContinuousEngine(model).generate(
-        params, asked, num_samples=num_samples, sampling=sampling, seed=seed, step=0
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        stop_ids=tuple(sorted(set(stops))),
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        min_tokens=min_tokens,
+        banned_ids=tuple(banned_ids),
+        stop_strings=tuple(stop_strings),
     )
+    asked = [Prompt(int(i), _token_ids(tokens)) for i, tokens in zip(ids, prompts, strict=True)]
+    room_for(model, max((len(tokens) for tokens in prompts), default=0), max_new_tokens)
+    return ContinuousEngine(model, decode=decode).generate(
+        params, asked, num_samples=num_samples, sampling=sampling, seed=seed, step=0, seeds=seeds
+    )
+
+
+def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        raise ValueError(f"prompts: got the text {prompt!r}, and token ids are needed. Encode it with the tokenizer.")
+    if not isinstance(prompt, Iterable) or not all(isinstance(token, numbers.Integral) for token in prompt):
+        raise ValueError(f"prompts: got {prompt!r} where a list of token ids is needed. Give one a prompt.")
+    return tuple(int(token) for token in prompt)

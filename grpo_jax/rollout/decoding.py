@@ -21,6 +21,8 @@ from grpo_jax.types import Rollout
 
 SEGMENT = 32
 """Most steps between two looks at the rows."""
+WATCHED = 4
+"""The same where somebody watches the rows grow."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Decoding:
         """
         self._watch = watch
         self._programs, self._view, self._ladder, self._asked = programs, view, shapes, asked
-        self._sampling, self._stops = sampling, StopStrings(sampling.stop_strings, decode)
+        self._sampling = sampling
+        self._stops = StopStrings(sampling.stop_strings, decode, sampling.min_tokens)
         self.sampled = Sampled(asked, sampling.max_new_tokens, sampling.changed)
         self.counts = Counts()
         self._keys = np.asarray(row_key_data(asked.address, np.uint32(round_)))
@@ -258,7 +261,8 @@ class Decoding:
 
     def _run(self) -> jax.Array:
         """Start a segment; what it returns is read later."""
-        steps = min(SEGMENT, self._shape.length - int(self._length[self._live].max()))
+        most = SEGMENT if self._watch is None else WATCHED
+        steps = min(most, self._shape.length - int(self._length[self._live].max()))
         scalars = np.float32(self._sampling.temperature), np.int32(steps), np.int32(self._few())
         slots, self._slots = self._slots, None
         program = self._programs("segment", self._shape)

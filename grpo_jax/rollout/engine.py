@@ -68,7 +68,8 @@ class ContinuousEngine:
             N = Q * G rows of width P + max_new_tokens.
 
         Raises:
-            ValueError: no prompt, an empty one, one longer than ``prompt_len``, or a token outside the vocabulary.
+            ValueError: no prompt, an empty one, one longer than ``prompt_len``, a token outside the vocabulary, or a
+                model whose log-probabilities are not finite.
         """
         call = self.stream(
             params,
@@ -82,6 +83,7 @@ class ContinuousEngine:
         )
         for _ in call:
             pass
+        call.sampled.check()
         return call.sampled.rollout(np.arange(len(prompts) * num_samples))
 
     def stream(

@@ -59,7 +59,8 @@ def requests(
     count = len(prompts)
     own = np.full(count, seed) if seeds is None else np.asarray(seeds)
     if own.shape != (count,) or (own < 0).any() or (own >= 2**32).any():
-        raise ValueError(f"seeds: got {own.tolist()} for {count} prompts. Give one below 2**32 a prompt.")
+        what = f"seed: got {seed}" if seeds is None else f"seeds: got {own.tolist()} for {count} prompts, one a prompt"
+        raise ValueError(f"{what}; a seed is from 0 to 2**32 - 1. Use another.")
     most = np.full(count * samples, limit) if limits is None else np.asarray(limits)
     if most.shape != (count * samples,) or (most < 1).any() or (most > limit).any():
         raise ValueError(
@@ -101,6 +102,14 @@ class Sampled:
         if self.drawn_logp is not None and drawn_logp is not None:
             self.drawn_logp[row, :count] = drawn_logp
         self.length[row], self.stopped[row] = count, stopped
+
+    def check(self) -> None:
+        """Raise ValueError where the model gave no numbers."""
+        if not np.isfinite(self.logp).all():
+            raise ValueError(
+                "sampling: the model's log-probabilities are not finite, so what it samples means nothing. Look at its "
+                "parameters, or raise the temperature if it is close to 0."
+            )
 
     def rollout(self, rows: np.ndarray) -> Rollout:
         """Rows with their prompts from column 0, as the learner wants them; width P + C."""

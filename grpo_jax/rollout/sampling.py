@@ -27,7 +27,7 @@ class Sampling:
         repetition_penalty: divides positive and multiplies negative logits of tokens in the text so far
             (arXiv 1909.05858); 1 is none.
         presence_penalty: is taken from the logits of tokens in the completion so far; 0 is none.
-        min_tokens: no stop token before so many tokens.
+        min_tokens: no stop token or stop string ends a completion before so many tokens.
         stop_strings: texts that end a completion, with the token that completes them.
         banned_ids: tokens never drawn.
     """
@@ -178,7 +178,8 @@ def invert_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
     block = _first_beyond(sums, target)
     before = jnp.where(jnp.arange(blocks) < block[:, None], sums, 0.0).sum(-1)
     inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    return (block * inside.shape[-1] + _first_beyond(inside, target - before)).astype(jnp.int32)
+    token = block * inside.shape[-1] + _first_beyond(inside, target - before)
+    return jnp.minimum(token, vocab - 1).astype(jnp.int32)  # weights that are no numbers point anywhere
 
 
 def _first_beyond(weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -232,23 +233,24 @@ def sample(
     temperature = jnp.asarray(temperature, jnp.float32)
     greedy = temperature == 0
     divisor = jnp.where(greedy, 1.0, temperature)
-    tempered = logits / divisor
-    allowed = tempered
-    if rules.changed:
-        allowed = penalize(logits, rules, history) / divisor
-    top = allowed.max(-1, keepdims=True)
-    weights = jnp.exp(allowed - top)
+    tempered = _below_top(logits) / divisor
+    allowed = _below_top(penalize(logits, rules, history)) / divisor if rules.changed else tempered
+    weights = jnp.exp(allowed)
     kept = truncate(weights, rules.top_k, rules.top_p, rules.min_p)
-    kept = jnp.where(greedy, (allowed == top).astype(jnp.float32), kept)
+    kept = jnp.where(greedy, (allowed == 0).astype(jnp.float32), kept)
     token = invert_cdf(kept, jnp.where(greedy, 0.0, u))
     if not rules.changed:
-        return token, _logp(tempered, top, weights.sum(-1, keepdims=True), token), None
-    peak = tempered.max(-1, keepdims=True)
-    logp = _logp(tempered, peak, jnp.exp(tempered - peak).sum(-1, keepdims=True), token)
-    drawn = _logp(allowed, top, kept.sum(-1, keepdims=True), token)
+        return token, _logp(tempered, weights, token), None
+    logp, drawn = _logp(tempered, jnp.exp(tempered), token), _logp(allowed, kept, token)
     return token, logp, jnp.where(greedy, 0.0, drawn)
 
 
-def _logp(scores: jax.Array, top: jax.Array, total: jax.Array, token: jax.Array) -> jax.Array:
+def _below_top(logits: jax.Array) -> jax.Array:
+    """Before a small temperature makes them so large that float32 no longer tells them apart."""
+    return logits - logits.max(-1, keepdims=True)
+
+
+def _logp(scores: jax.Array, weights: jax.Array, token: jax.Array) -> jax.Array:
+    """[B, V] scores below 0 and the weights their total is of, [B] tokens -> [B]."""
     chosen = jnp.take_along_axis(scores, token[:, None], axis=-1)
-    return (chosen - top - jnp.log(total))[:, 0]
+    return (chosen - jnp.log(weights.sum(-1, keepdims=True)))[:, 0]

@@ -74,7 +74,7 @@ class Ladder:
     @property
     def whole(self) -> bool:
         """Whether rows start on the prompts as they are prefilled."""
-        return self.first.even and self.first.blocks == self.pool
+        return self.first.even and (self.first.blocks, self.first.group) == (self.pool, self.samples)
 
     @property
     def lengths(self) -> list[int]:
@@ -143,8 +143,11 @@ def ladder(
         group = min(top, _power_of_two(samples / 2))
         blocks = _multiple(min(top, math.ceil(2 * top / group)), shards)
     elif fits:
-        group, blocks = samples, _multiple(prompts, shards)
-        pool, top = blocks, blocks * samples
+        pool, top = _multiple(prompts, shards), _multiple(prompts * samples, shards)
+        group, blocks = samples, pool
+        if top < pool * samples:  # whole prompts would leave devices idle: a prompt's rows lie on several
+            each = top // shards
+            group, blocks = min(samples, each), shards * min(each, math.ceil((each - 1) / samples) + 1)
     else:
         raise ValueError(f"rollout.slots: got {slots} for {prompts * samples} rows that start together. Use refill.")
     lengths = [limit] if refill else cache_lengths(limit)

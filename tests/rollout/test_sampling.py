@@ -56,6 +56,7 @@ HISTORY = {"prompt": [4, 9, 4], "own": [6, 9]}
 
 @pytest.mark.parametrize(("vocab", "name"), [(61, name) for name in OPTIONS] + [(300, "all"), (300, "top-p")])
 def test_a_million_draws_follow_the_exact_distribution(vocab, name):
+    """By the engine's own uniforms: of 20,000 rows at 50 places each."""
     sampling = Sampling(**OPTIONS[name])
     logits = 2.0 * np.random.default_rng(vocab).standard_normal(vocab).astype(np.float32)
     size, parts = 20_000, 50
@@ -66,16 +67,20 @@ def test_a_million_draws_follow_the_exact_distribution(vocab, name):
         "prompt_len": jnp.full(size, 3, jnp.int32),
     }
 
-    @jax.jit
-    def count(u):
+    keys = row_keys(3, jnp.uint32(5), jnp.asarray(split_ids(list(range(size // 8)))), 8)
+
+    def count(place):
+        u = uniforms(keys, jnp.full(size, place))
         tiled = jnp.tile(logits, (size, 1))
         token, _, drawn = sample(tiled, u, sampling.rules, sampling.temperature, History(**one))
         drawn = jnp.zeros(size) if drawn is None else drawn
         return jnp.bincount(token, length=vocab), jnp.zeros(vocab).at[token].set(drawn)
 
-    rng, seen, logp = np.random.default_rng(1), np.zeros(vocab, int), np.zeros(vocab)
-    for _ in range(parts):
-        counted, drawn = count(rng.random(size, np.float32))
+    # Optimised, as in a run and not as in other tests: a million draws take more than the compiling.
+    fast = jax.jit(count).lower(jnp.int32(0)).compile(compiler_options={"xla_backend_optimization_level": 2})
+    seen, logp = np.zeros(vocab, int), np.zeros(vocab)
+    for place in range(parts):
+        counted, drawn = fast(jnp.int32(place))
         seen, logp = seen + np.asarray(counted), np.where(np.asarray(counted) > 0, drawn, logp)
     p = exact(logits, sampling)
     expected = p * size * parts
@@ -132,6 +137,38 @@ def test_truncation_keeps_ties_and_everything_when_off():
     np.testing.assert_array_equal(truncate(weights, None, 0.5, None), [[4.0, 2.0, 2.0, 0.0]])
     np.testing.assert_array_equal(truncate(weights, None, 0.4, None), [[4.0, 0.0, 0.0, 0.0]])
     np.testing.assert_array_equal(truncate(weights, 9, 1.0, None), weights)
+
+
+def test_uniforms_are_uniform_along_rows_samples_and_places():
+    """Each part of the address by itself, and each value beside the one before it."""
+    keys = row_keys(7, jnp.uint32(1), jnp.asarray(split_ids([3 * i for i in range(64)])), 64)
+    drawn = np.stack([uniforms(keys, jnp.full(4096, place)) for place in range(8)]).reshape(8, 64, 64)
+    for axis in range(3):
+        lines = np.moveaxis(drawn, axis, -1).astype(np.float64)
+        assert stats.kstest(lines.reshape(-1), "uniform").pvalue > 1e-4
+        pairs = np.histogram2d(lines[..., :-1].reshape(-1), lines[..., 1:].reshape(-1), 8, [[0, 1], [0, 1]])[0]
+        assert stats.chisquare(pairs.reshape(-1)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-5, 1e-30])
+@pytest.mark.parametrize("rules", [Sampling(), Sampling(banned_ids=(3,))])
+def test_a_small_temperature_is_all_but_greedy(temperature, rules):
+    logits = 10 * np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    token, logp, _ = jax.jit(lambda x, u: sample(x, u, rules, temperature))(logits, jnp.full(64, 0.5))
+    with np.errstate(over="ignore"):
+        scaled = (logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature
+    expected = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    best = np.where(np.arange(32) == 3, -np.inf, logits).argmax(-1) if rules.banned_ids else logits.argmax(-1)
+    clear = np.sort(logits, -1)[:, -1] - np.sort(logits, -1)[:, -2] > 60 * temperature
+    np.testing.assert_array_equal(np.asarray(token)[clear], best[clear])
+    chosen = expected[np.arange(64), np.asarray(token)]
+    likely = chosen > -80
+    np.testing.assert_allclose(np.asarray(logp)[likely], chosen[likely], atol=2e-5)
+
+
+def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary():
+    token, logp, _ = sample(jnp.full((2, 300), jnp.nan), jnp.full(2, 0.5), Sampling(), 1.0)
+    assert (np.asarray(token) < 300).all() and np.isnan(logp).all()
 
 
 def test_uniforms_are_addressed_and_stay_below_one():

@@ -27,9 +27,10 @@ def test_every_rollout_finds_its_way_through_the_shapes(call, seed):
     assert 1 <= len(shapes.shapes) <= MOST_SHAPES and len(shapes.moves) <= 3 * len(shapes.shapes)
     for shape in shapes.shapes:
         assert shape.rows % shards == shape.blocks % shards == 0 and shape.rows <= shape.blocks * shape.group
-        assert shape.rows <= shapes.slots and shape.length <= limit
+        assert shape.rows <= (prompts * samples if slots is None else slots) + shards - 1 and shape.length <= limit
     if not shapes.refill:
-        assert shapes.first.rows == shapes.pool * samples >= prompts * samples and shapes.whole
+        assert shapes.first.rows >= prompts * samples and (prompts % shards or shapes.whole)
+        assert shapes.pool - shards < prompts <= shapes.pool
     listed = {(source, target) for source, target, _ in shapes.moves}
     # From the first shape, with all rows that can stand in it, to the last token: only listed moves, and all fit.
     rng = np.random.default_rng(seed)
