@@ -9,6 +9,7 @@ from hf_cases import draw
 from model_cases import GOLDEN, write_checkpoint
 
 from grpo_jax import generate, load_model
+from grpo_jax.models.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +36,8 @@ def test_the_cases_stop_early_and_late_and_differ(golden):
     tokens = np.stack([golden[f"{case}/tokens"] for case in CASES])
     lengths = (tokens >= 0).sum(-1)
     assert lengths.min() < NEW == lengths.max() and len(np.unique(tokens)) > 30
+
+
+def test_every_family_has_a_case(golden):
+    types = [json.loads(str(golden[f"{case}/config"]))["model_type"] for case in CASES]
+    assert sorted(types) == sorted(FAMILIES)

@@ -189,46 +189,6 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(tiny, slots):
         ContinuousEngine(model, 16).generate(params, ASKED, **call)
 
 
-def test_penalties_bans_and_least_tokens_as_in_numpy(tiny):
-    model, params = tiny
-    sampling = Sampling(
-        0.8, max_new_tokens=9, stop_ids=(1, 2, 3), min_tokens=4, banned_ids=(10, 11), top_k=20, min_p=0.01,
-        repetition_penalty=1.3, presence_penalty=0.4,
-    )  # fmt: skip
-    rollout = ContinuousEngine(model, 16).generate(params, ASKED, num_samples=4, sampling=sampling, seed=0, step=0)
-    logits = np.asarray(model.logits(params, rollout.tokens), np.float64)
-    assert rollout.drawn_logp is not None
-    for n, ids in enumerate(completions(rollout)):
-        assert not set(ids) & {10, 11} and not set(ids[: min(3, len(ids) - 1)]) & {1, 2, 3}
-        start = int(rollout.prompt_len[n])
-        for i, token in enumerate(ids):
-            row = logits[n, start + i - 1]
-            expected = log_softmax(row / 0.8)[token]
-            assert abs(rollout.sampler_logp[n, start + i] - expected) < 1e-4
-            expected = drawn(row, rollout.tokens[n, : start + i], ids[:i])[token]
-            assert abs(rollout.drawn_logp[n, start + i] - expected) < 1e-4
-
-
-def drawn(logits: np.ndarray, text: np.ndarray, own: list[int]) -> np.ndarray:
-    logits = logits.copy()
-    for token in set(text.tolist()):
-        logits[token] = logits[token] / 1.3 if logits[token] > 0 else logits[token] * 1.3
-    for token in set(own):
-        logits[token] -= 0.4
-    logits[[10, 11]] = -np.inf
-    if len(own) < 4:
-        logits[[1, 2, 3]] = -np.inf
-    p = np.exp(log_softmax(logits / 0.8))
-    p[p < np.sort(p)[-20]] = 0
-    p[p < 0.01 * p.max()] = 0
-    return np.log(np.maximum(p / p.sum(), 1e-300))
-
-
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max()
-    return x - np.log(np.exp(x).sum())
-
-
 def test_temporaries_of_a_segment_are_small_beside_the_parameters():
     """Nothing of a decode step copies the weights: what it holds beside its arguments is under a tenth of them."""
     model, params = tiny_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, head_dim=32)

@@ -52,15 +52,15 @@ def test_contract_3_sampler_logp_is_the_learners(model_type, temperature, option
     assert (rollout.sampler_logp[~rollout.completion_mask] == 0).all()
 
 
-def boundary_distance(model, params, rollout: Rollout, row: int, place: int, uniform: float) -> float:
+def boundary_distance(model, params, rollout: Rollout, row: int, place: int, uniform: float, temperature=1.0) -> float:
     """How far the uniform of a token lies from the nearest boundary of its cumulative distribution."""
     column = int(rollout.prompt_len[row]) + place
-    logits = np.asarray(model.logits(params, rollout.tokens[row : row + 1]), np.float64)[0, column - 1]
+    logits = np.asarray(model.logits(params, rollout.tokens[row : row + 1]), np.float64)[0, column - 1] / temperature
     p = np.exp(logits - logits.max())
     return float(np.abs(np.cumsum(p / p.sum()) - uniform).min())
 
 
-def assert_same_but_for_boundaries(model, params, one, other, ids, samples):
+def assert_same_but_for_boundaries(model, params, one, other, ids, samples, temperature=1.0):
     """Contract 4: where two rollouts of the same rows differ first, float noise moved a boundary over the uniform."""
     keys = row_keys(0, jnp.uint32(0), jnp.asarray(split_ids(ids)), samples)
     for row, (a, b) in enumerate(zip(completions(one), completions(other), strict=True)):
@@ -69,7 +69,7 @@ def assert_same_but_for_boundaries(model, params, one, other, ids, samples):
             assert a == b
             continue
         u = float(uniforms(keys[row : row + 1], jnp.asarray([first]))[0])
-        assert boundary_distance(model, params, one, row, first, u) <= 1e-5
+        assert boundary_distance(model, params, one, row, first, u, temperature) <= 1e-5
 
 
 def test_contract_4_tokens_do_not_depend_on_the_company(tiny):
