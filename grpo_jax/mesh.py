@@ -65,9 +65,9 @@ def recut(mesh: Mesh, tensor: int, expert: int) -> Mesh:
         ValueError: the sizes do not divide the number of devices.
     """
     if mesh.size % (tensor * expert):
-        sizes = [str(size) for size in range(1, mesh.size + 1) if mesh.size % (size * expert) == 0]
+        legal = [str(size) for size in range(1, mesh.size + 1) if mesh.size % (size * expert) == 0]
         beside = f" beside mesh.expert = {expert}" if expert > 1 else ""
-        raise ValueError(f"got tensor={tensor}{beside} for {mesh.size} device(s); use a size among {', '.join(sizes)}")
+        raise ValueError(f"got tensor={tensor}{beside} for {mesh.size} device(s); use a size among {', '.join(legal)}")
     sizes = mesh.size // (tensor * expert), 1, tensor, expert
     return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 

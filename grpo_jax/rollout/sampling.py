@@ -9,8 +9,9 @@ import numpy as np
 
 from grpo_jax.rollout.truncation import penalize, truncate
 
-BLOCK = 256
-"""Tokens of the vocabulary whose probability is summed first; the draw picks a block, then a token in it."""
+BLOCKS = (256, 128, 64)
+"""Tokens of the vocabulary whose probability is summed first; the draw picks a block, then a token in it. Of these
+the first that divides the vocabulary, else the first of all: padding is a pass over all probabilities."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def uniforms(keys: jax.Array, index: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
-def invert_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
+def invert_cdf(weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The token at which the cumulative weight first exceeds ``u`` times the total; never one of weight 0.
 
     Args:
@@ -166,20 +167,22 @@ def invert_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
         u: [B] float32 in [0, 1).
 
     Returns:
-        [B] int32.
+        [B] int32; and the total [B] float32.
     """
     chex.assert_rank([weights, u], [2, 1])
     vocab = weights.shape[-1]
-    blocks = -(-vocab // BLOCK)
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - vocab))) if blocks > 1 else weights
-    weights = weights.reshape(weights.shape[0], blocks, -1)
+    size = next((size for size in BLOCKS if vocab % size == 0), min(vocab, BLOCKS[0]))
+    blocks = -(-vocab // size)
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * size - vocab))) if vocab % size else weights
+    weights = weights.reshape(weights.shape[0], blocks, size)
     sums = weights.sum(-1)  # [B, blocks]
-    target = u * sums.sum(-1)
+    total = sums.sum(-1)
+    target = u * total
     block = _first_beyond(sums, target)
     before = jnp.where(jnp.arange(blocks) < block[:, None], sums, 0.0).sum(-1)
     inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    token = block * inside.shape[-1] + _first_beyond(inside, target - before)
-    return jnp.minimum(token, vocab - 1).astype(jnp.int32)  # weights that are no numbers point anywhere
+    token = block * size + _first_beyond(inside, target - before)
+    return jnp.minimum(token, vocab - 1).astype(jnp.int32), total  # weights that are no numbers point anywhere
 
 
 def _first_beyond(weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -235,14 +238,13 @@ def sample(
     divisor = jnp.where(greedy, 1.0, temperature)
     tempered = _below_top(logits) / divisor
     allowed = _below_top(penalize(logits, rules, history)) / divisor if rules.changed else tempered
-    weights = jnp.exp(allowed)
-    kept = truncate(weights, rules.top_k, rules.top_p, rules.min_p)
-    kept = jnp.where(greedy, (allowed == 0).astype(jnp.float32), kept)
-    token = invert_cdf(kept, jnp.where(greedy, 0.0, u))
+    kept = truncate(jnp.exp(allowed), rules.top_k, rules.top_p, rules.min_p)
+    token, total = invert_cdf(kept, u)
+    token = jax.lax.cond(greedy, lambda: jnp.argmax(allowed, axis=-1).astype(jnp.int32), lambda: token)
     if not rules.changed:
-        return token, _logp(tempered, weights, token), None
-    logp, drawn = _logp(tempered, jnp.exp(tempered), token), _logp(allowed, kept, token)
-    return token, logp, jnp.where(greedy, 0.0, drawn)
+        return token, _logp(tempered, total, token), None
+    logp = _logp(tempered, jnp.exp(tempered).sum(-1), token)
+    return token, logp, jnp.where(greedy, 0.0, _logp(allowed, total, token))
 
 
 def _below_top(logits: jax.Array) -> jax.Array:
@@ -250,7 +252,6 @@ def _below_top(logits: jax.Array) -> jax.Array:
     return logits - logits.max(-1, keepdims=True)
 
 
-def _logp(scores: jax.Array, weights: jax.Array, token: jax.Array) -> jax.Array:
-    """[B, V] scores below 0 and the weights their total is of, [B] tokens -> [B]."""
-    chosen = jnp.take_along_axis(scores, token[:, None], axis=-1)
-    return (chosen - jnp.log(weights.sum(-1, keepdims=True)))[:, 0]
+def _logp(scores: jax.Array, total: jax.Array, token: jax.Array) -> jax.Array:
+    """[B, V] scores, the total [B] of their exponentials and [B] tokens -> [B]."""
+    return jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0] - jnp.log(total)
