@@ -128,8 +128,8 @@ def test_the_length_of_the_cache_does_not_matter(setup):
     model, params = setup
     texts = _texts()
     exact, long = (_decode_all(model, params, texts, length) for length in (STEPS, 3 * STEPS))
-    difference = np.abs(exact - long)  # other shapes, so other sums: contract 3 says how close
-    assert difference.mean() < 1e-6 and difference.max() < 1e-4
+    difference = np.abs(exact - long)  # other shapes, so other sums: up to 1.05e-5 was seen
+    assert difference.mean() < 1e-6 and difference.max() < 2e-5
 
 
 def test_a_full_row_is_left_alone(setup):
