@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from test_engine import assert_same_but_for_boundaries
 
 from grpo_jax.mesh import make_mesh
 from grpo_jax.rollout import ContinuousEngine, Sampling
 from grpo_jax.testing import tiny_model
 from grpo_jax.types import Prompt
-from tests.rollout.test_engine import assert_same_but_for_boundaries
 
 VOCAB = 97
 ASKED = [Prompt(i, tuple(range(2 + i, 9 + 3 * i))) for i in range(3)]
