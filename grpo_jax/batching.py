@@ -131,7 +131,7 @@ def pack(rollout: Rollout, advantages: np.ndarray, mask: np.ndarray, layout: Lay
     _check(rollout, layout)
     rows = list(_ROWS[layout.kind](rollout, layout))
     count = next(c for c in layout.row_counts if c >= len(rows))
-    batch = _empty(count, layout)
+    batch = empty_rows(count, layout)
     for row, spots in enumerate(rows):
         arrays = {name: array[row] for name, array in batch.items() if array is not None}
         for spot in spots:
@@ -216,7 +216,8 @@ def _first_fit(items: Any, lengths: np.ndarray, room: int) -> list[list[int]]:
     return bins
 
 
-def _empty(count: int, layout: Layout) -> dict[str, Any]:
+def empty_rows(count: int, layout: Layout) -> dict[str, Any]:
+    """The arrays of a TrainBatch of ``count`` rows without a token, by name."""
     shape = (count, layout.row_len)
     column = np.arange(layout.row_len, dtype=np.int32)
     return {

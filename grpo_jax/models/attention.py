@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grpo_jax.models.layers import Compute, Linear, RMSNorm
+from grpo_jax.models.layers import Compute, Linear, RMSNorm, parts_of
 from grpo_jax.models.rotary import Rotation, rotate
 from grpo_jax.models.spec import LayerSpec
 from grpo_jax.types import Shared
@@ -24,17 +24,18 @@ Read = Callable[[jax.Array, jax.Array, jax.Array, int | None, float | None], jax
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention's weights. ``fused`` holds q, k and v as one weight by key head."""
+    """Grouped-query attention's weights. ``fused`` holds q, k and v as one weight by key head, in p parts as an MLP."""
 
     def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
-        """Weights are [H, d, D], [K, d, D] twice and [D, H, d]; fused [K, H / K + 2, d, D] and [D, H, d]."""
+        """Weights are [H, d, D], [K, d, D] twice and [D, H, d]; fused [p, K / p (H / K + 2) d, D] and [D, H, d]."""
         self.compute, self.fused = compute, fused
         self.kv_heads, self.group, self.head_dim = layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim
         self.query_scale = layer.query_scale
         into, d = {"embed": layer.width}, {"head_dim": layer.head_dim}
         if fused:
-            out = {"kv_heads": layer.kv_heads, ":qkv": self.group + 2} | d
-            self.qkv = Linear(compute, out, into, layer.qkv_bias)
+            parts = parts_of(compute, layer.kv_heads)
+            rest = layer.kv_heads // parts * (self.group + 2) * layer.head_dim
+            self.qkv = Linear(compute, {"kv_heads": parts, ":qkv": rest}, into, layer.qkv_bias)
         else:
             self.q = Linear(compute, {"heads": layer.heads} | d, into, layer.qkv_bias, layer.adapter("q"))
             self.k = Linear(compute, {"kv_heads": layer.kv_heads} | d, into, layer.qkv_bias, layer.adapter("k"))
@@ -47,7 +48,7 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, turn: Rotation | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[..., D] -> q [..., K, H / K, d], k and v [..., K, d]; q and k normed and turned, q scaled."""
         if self.fused:
-            qkv = self.qkv(x)
+            qkv = self.qkv(x).reshape(*x.shape[:-1], self.kv_heads, self.group + 2, self.head_dim)
             q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
         else:
             q = self.q(x).reshape(*x.shape[:-1], self.kv_heads, self.group, self.head_dim)
@@ -68,11 +69,12 @@ def _norm(compute: Compute, layer: LayerSpec, axes: tuple[int, ...]) -> RMSNorm 
     return RMSNorm(compute, (*axes, layer.head_dim), layer.norm_eps, layer.norm_offset)
 
 
-def fuse_attention(params: dict[str, Any]) -> dict[str, Any]:
+def fuse_attention(compute: Compute, params: dict[str, Any]) -> dict[str, Any]:
     """Parameters of an ``Attention`` -> those of the same ``Attention`` with ``fused``."""
 
     def join(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.concatenate([q.reshape(k.shape[0], -1, *k.shape[1:]), k[:, None], v[:, None]], axis=1)
+        heads = jnp.concatenate([q.reshape(k.shape[0], -1, *k.shape[1:]), k[:, None], v[:, None]], axis=1)
+        return heads.reshape(parts_of(compute, k.shape[0]), -1, *k.shape[2:])
 
     joined = {name: join(*(params[p][name] for p in ("q", "k", "v"))) for name in params["q"]}
     return {"qkv": joined} | {name: value for name, value in params.items() if name not in ("q", "k", "v")}

@@ -7,7 +7,7 @@ sees. A block of its own costs nothing to leave out; a slice of a longer buffer 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -60,6 +60,22 @@ Blocks = tuple[Block, ...]
 KeyValue = tuple[Blocks, Blocks]
 """Keys and values of one layer."""
 
+
+class Growing(NamedTuple):
+    """Keys and values of one layer within a segment of decoding.
+
+    Attributes:
+        old: what there was when it began; not written within it.
+        new: [R, ...], the columns since: column t of every row is of the segment's step t.
+    """
+
+    old: KeyValue
+    new: KeyValue
+
+
+Own = KeyValue | Growing
+"""What rows have sampled, of one layer."""
+
 MOST_BLOCKS = 8
 """Blocks of one buffer, unless it is very long: each is a branch of the program, compiled for itself."""
 MOST_COLUMNS = 512
@@ -84,6 +100,11 @@ class Seen(NamedTuple):
         """Bool [R, M or 1, count], of ``count`` columns from ``start`` on."""
         columns = start + jnp.arange(count)
         return (columns >= self.first[..., None]) & (columns < self.stop[..., None])
+
+    def split(self, at: jax.Array) -> "tuple[Seen, Seen]":
+        """What is seen of the columns before ``at`` [R], and of those from there on, counted anew."""
+        at = at[:, None]
+        return Seen(self.first, jnp.minimum(self.stop, at)), Seen(self.first - at, self.stop - at)
 
     def any(self, start: int, count: int) -> jax.Array:
         """Whether some query sees one of ``count`` columns from ``start`` on."""
@@ -248,18 +269,67 @@ class Keeper:
         return cut(_turned(self._encode(keys), KEYS), KEYS), cut(self._encode(values), VALUES)
 
     def write(self, kept: KeyValue, keys: jax.Array, values: jax.Array, column: jax.Array) -> KeyValue:
-        """Puts new keys and values, each [R, K, d], at column ``column`` [R]; columns from C on are dropped."""
+        """Puts new keys and values, each [R, K, d], at column ``column``, [R] or one for all; none from C on."""
+        one = _put if column.ndim else _put_together
 
         def put(blocks: Blocks, new: Block, axis: int) -> Blocks:
             out, start = [], 0
             for block in blocks:
                 width = block.shape[axis]
                 at = jnp.where(column < start, width, column - start)
-                out.append(jax.tree.map(partial(_put, column=at, axis=axis), block, new))
+                out.append(jax.tree.map(partial(one, column=at, axis=axis), block, new))
                 start += width
             return tuple(out)
 
         return put(kept[0], self._encode(keys), KEYS), put(kept[1], self._encode(values), VALUES)
+
+    def grow(self, kept: KeyValue, steps: int) -> Own:
+        """For a segment of at most ``steps``: where blocks are not skipped, new columns go to a buffer of their own.
+
+        A TPU writes one column of a long cache only by turning it, or row after row; what a loop does not write
+        stays as it is.
+        """
+        if self.variant == "ragged":
+            return kept
+
+        def buffer(blocks: Blocks, axis: int) -> Blocks:
+            def zeros(x: jax.Array) -> jax.Array:
+                return jnp.zeros((*x.shape[:axis], steps, *x.shape[axis + 1 :]), x.dtype)
+
+            return (self._pin(jax.tree.map(zeros, blocks[0])),)
+
+        return Growing(kept, (buffer(kept[0], KEYS), buffer(kept[1], VALUES)))
+
+    def add(
+        self, own: Own, keys: jax.Array, values: jax.Array, column: jax.Array, step: jax.Array | None, seen: Seen
+    ) -> tuple[Own, list[tuple[KeyValue, Seen]]]:
+        """One more column, of each row: what there is then, and the parts of it that are read as ``seen``.
+
+        Args:
+            own: of B rows.
+            keys, values: [B, K, d].
+            column: [B] int32, where it goes.
+            step: scalar int32, columns since the segment began; where none did None.
+            seen: [B, 1], counted over all columns.
+        """
+        if not isinstance(own, Growing):
+            own = self.write(own, keys, values, column)
+            return own, [(own, seen)]
+        assert step is not None
+        new = self.write(own.new, keys, values, step)
+        before, since = seen.split(column - step)
+        return Growing(own.old, new), [(own.old, before), (new, since)]
+
+    def grown(self, kept: Own, start: jax.Array, steps: jax.Array) -> KeyValue:
+        """After so many steps: the buffer's columns behind those that rows had, ``start`` [R]."""
+        if not isinstance(kept, Growing):
+            return kept
+
+        def join(old: Blocks, new: Blocks, axis: int) -> Blocks:
+            ((block,), (buffer,)) = old, new
+            return (self._pin(jax.tree.map(partial(_behind, start=start, steps=steps, axis=axis), block, buffer)),)
+
+        return join(kept.old[0], kept.new[0], KEYS), join(kept.old[1], kept.new[1], VALUES)
 
     def resize(self, kept: KeyValue, length: int) -> KeyValue:
         """Longer by zeros, or cut."""
@@ -295,8 +365,7 @@ class Keeper:
         seats: Seats,
         prompt: KeyValue,
         prompt_seen: Seen,
-        own: KeyValue,
-        own_seen: Seen,
+        own: Sequence[tuple[KeyValue, Seen]],
         softcap: float | None,
     ) -> jax.Array:
         """One query a row over its prompt's keys, which its group shares, and its own: one softmax over both.
@@ -306,8 +375,7 @@ class Keeper:
             seats: of the B rows on the Q prompts, up to G on each.
             prompt: of Q rows; a group's queries are stacked on it, so that it is read once.
             prompt_seen: [Q, G] or [Q, 1].
-            own: of B rows.
-            own_seen: [B, 1], one column at least in each row.
+            own: of B rows, in parts, and what is seen of each, [B, 1]; one column at least of each row.
             softcap: of the scores, see ``cap``.
 
         Returns:
@@ -323,8 +391,9 @@ class Keeper:
         def to_rows(x: jax.Array) -> jax.Array:  # [Q, K, G * g, ...] -> [B, K, g, ...]
             return seats.unstack(jnp.swapaxes(x.reshape(prompts, kv_heads, -1, group, *x.shape[3:]), 1, 2))
 
-        near = read(self.compute, q, *own, own_seen, softcap)
-        both = join_parts(Part(*map(to_rows, far)), near)
+        both = Part(*map(to_rows, far))
+        for kept, seen in own:
+            both = join_parts(both, read(self.compute, q, *kept, seen, softcap))
         return (both.mixed / both.total[..., None]).astype(self.compute.dtype)
 
 
@@ -341,6 +410,27 @@ def _put(block: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.
         return place.set(value, mode="drop")
 
     return jax.vmap(one)(block, new, column)
+
+
+def _put_together(block: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """`_put` of all rows at one column: a slice, which a TPU and a GPU write where it lies, and no scatter."""
+    at = jnp.minimum(column, block.shape[axis] - 1)
+    old = jax.lax.dynamic_slice_in_dim(block, at, 1, axis)
+    kept = jnp.where(at == column, jnp.expand_dims(new, axis), old)
+    return jax.lax.dynamic_update_slice_in_dim(block, kept, at, axis)
+
+
+def _behind(block: jax.Array, new: jax.Array, start: jax.Array, steps: jax.Array, axis: int) -> jax.Array:
+    """The block with the first ``steps`` columns of ``new`` from column ``start`` [R] on; none from C on."""
+    size = block.shape[axis]
+
+    def one(block: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        around = [(size, size) if i == axis - 1 else (0, 0) for i in range(new.ndim)]
+        moved = jax.lax.dynamic_slice_in_dim(jnp.pad(new, around), size - start, size, axis - 1)
+        column = jnp.arange(size).reshape(-1, *[1] * (new.ndim - axis))
+        return jnp.where((column >= start) & (column < start + steps), moved, block)
+
+    return jax.vmap(one)(block, new, start)
 
 
 def columns(kept: KeyValue) -> int:

@@ -176,14 +176,19 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nnx.Module):
-    """``down(activation(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight."""
+    """``down(activation(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight.
+
+    That one has p parts, as ``parts_of`` the inner width: each is a matrix of its own rows of gate, then those of up.
+    An axis of two in the middle of a weight would be turned at every call on a TPU, whose tiles are the last two axes.
+    """
 
     def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
-        """Weights are [F, D] twice and [D, F]; fused [2, F, D] and [D, F]."""
+        """Weights are [F, D] twice and [D, F]; fused [p, 2 F / p, D] and [D, F]."""
         self.compute, self.fused, self.activation = compute, fused, layer.activation
         into, inner, bias = {"embed": layer.width}, {"ffn": layer.ffn}, layer.mlp_bias
         if fused:
-            self.gate_up = Linear(compute, {":half": 2} | inner, into, bias)
+            parts = parts_of(compute, layer.ffn)
+            self.gate_up = Linear(compute, {"ffn": parts, ":gate_up": 2 * layer.ffn // parts}, into, bias)
         else:
             self.gate = Linear(compute, inner, into, bias, layer.adapter("gate"))
             self.up = Linear(compute, inner, into, bias, layer.adapter("up"))
@@ -192,19 +197,28 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """[..., D] -> [..., D], and that nothing was routed."""
         if self.fused:
-            both = self.gate_up(x)
-            gate, up = both[..., 0, :], both[..., 1, :]
+            gate, up = (half.reshape(*x.shape[:-1], -1) for half in jnp.split(self.gate_up(x), 2, axis=-1))
         else:
             gate, up = self.gate(x), self.up(x)
         return self.down(ACTIVATION_FUNCTIONS[self.activation](gate) * up), None
 
 
-def fuse_mlp(params: dict[str, Any]) -> dict[str, Any]:
+def parts_of(compute: Compute, size: int) -> int:
+    """Parts in which an axis of ``size`` is cut over ``tensor``; 1 where it does not divide."""
+    parts = compute.mesh.shape["tensor"]
+    return 1 if size % parts else parts
+
+
+def fuse_mlp(compute: Compute, params: dict[str, Any]) -> dict[str, Any]:
     """Parameters of an ``MLP`` -> those of the same ``MLP`` with ``fused``; others stay as they are."""
     if "gate" not in params:
         return params
-    names = params["gate"]
-    both = {name: jnp.stack([params["gate"][name], params["up"][name]]) for name in names}
+
+    def join(*halves: jax.Array) -> jax.Array:
+        parts = parts_of(compute, halves[0].shape[0])
+        return jnp.concatenate([half.reshape(parts, -1, *half.shape[1:]) for half in halves], axis=1)
+
+    both = {name: join(params["gate"][name], params["up"][name]) for name in params["gate"]}
     return {"gate_up": both, "down": params["down"]}
 
 

@@ -23,6 +23,7 @@ from grpo_jax.models.decode_attention import (
     READERS,
     Keeper,
     KeyValue,
+    Own,
 )
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.lora import cut, join, merge
@@ -286,6 +287,17 @@ class Model:
         heads = [(layer.kv_heads, layer.head_dim) for layer in self.spec.layers]
         return tuple(self.keeper.empty(rows, count, length, size, least) for count, size in heads)
 
+    def grow(self, cache: Cache, steps: int) -> tuple[Own, ...]:
+        """The cache for at most so many calls of ``decode``, which are told their number; ``grown`` ends it.
+
+        Some variants keep the new columns apart for so long.
+        """
+        return tuple(self.keeper.grow(kept, steps) for kept in cache)
+
+    def grown(self, cache: tuple[Own, ...], start: jax.Array, steps: jax.Array) -> Cache:
+        """The cache after so many steps of rows that had ``start`` tokens, [B]."""
+        return tuple(self.keeper.grown(kept, start, steps) for kept in cache)
+
     def resize_cache(self, layer: KeyValue, length: int) -> KeyValue:
         """One layer's cache with ``length`` columns: longer by zeros, or cut."""
         return self.keeper.resize(layer, length)
@@ -295,22 +307,24 @@ class Model:
         view: View,
         prompt_cache: PromptCache,
         prompt_len: jax.Array,
-        cache: Cache,
+        cache: tuple[Own, ...],
         cache_len: jax.Array,
         tokens: jax.Array,
         seats: Seats | None = None,
-    ) -> tuple[jax.Array, Cache]:
+        step: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[Own, ...]]:
         """One new token in each row.
 
         Args:
             view: from ``decode_view``.
             prompt_cache: from ``prefill``.
             prompt_len: [Q] int32.
-            cache: from ``init_cache`` or the step before; donate it.
+            cache: from ``init_cache``, ``grow`` or the step before; donate it.
             cache_len: [B] int32, tokens the row has in ``cache``; the new one goes to that column, and at C or more
                 nowhere (a row that is done may go on being called).
             tokens: [B] int32.
             seats: which row goes on from which prompt; None: row ``q * G + g`` from prompt q, B = Q * G.
+            step: scalar int32, decode steps since ``grow``; None where there was none.
 
         Returns:
             hidden [B, D] of the new tokens, after the final norm, and the cache.
@@ -321,7 +335,7 @@ class Model:
                 "rows; pad the rows to a multiple of the prompts"
             )
         seats = seats or Seats(prompt_len.shape[0])
-        rows = (prompt_cache, prompt_len, cache, cache_len, tokens, seats)
+        rows = (prompt_cache, prompt_len, cache, cache_len, tokens, seats, step)
         return transformer.decode(self.layout, self.keeper, view, *rows)
 
     def head(self, view: View, hidden: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from grpo_jax.mesh import GATHERED_RULES
 from grpo_jax.models.attention import Attention, fuse_attention, row_reader
-from grpo_jax.models.decode_attention import Keeper, KeyValue, columns, seen_columns
+from grpo_jax.models.decode_attention import Growing, Keeper, KeyValue, Own, columns, seen_columns
 from grpo_jax.models.layers import MLP, Compute, Embedding, Linear, RMSNorm, Weight, as_decoded, fuse_mlp
 from grpo_jax.models.lora import merge
 from grpo_jax.models.moe import MoE, Routing, expert_load
@@ -255,12 +255,13 @@ def _training_block(layout: Layout, layer: LayerSpec, params: dict[str, Any]) ->
     params = use(layout, params, declared)
     if layout.compute.mesh.shape["tensor"] > 1 or layer.lora is not None:
         return nnx.merge(graph, params)
-    return nnx.merge(layout.fused[layer][0], fuse(params))
+    return nnx.merge(layout.fused[layer][0], fuse(layout.compute, params))
 
 
-def fuse(params: dict[str, Any]) -> dict[str, Any]:
+def fuse(compute: Compute, params: dict[str, Any]) -> dict[str, Any]:
     """A layer's parameters -> those of the fused block: q, k and v as one weight, gate and up as one."""
-    return params | {"attention": fuse_attention(params["attention"]), "mlp": fuse_mlp(params["mlp"])}
+    attention, mlp = fuse_attention(compute, params["attention"]), fuse_mlp(compute, params["mlp"])
+    return params | {"attention": attention, "mlp": mlp}
 
 
 def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -293,7 +294,7 @@ def decode_view(layout: Layout, params: dict[str, Any], recut: bool) -> View:
     layers = []
     for layer, (name, index) in zip(layout.layers, layer_places(layout.runs), strict=True):
         one = jax.tree.map(lambda x, i=index: x[i], params["layers"][name])
-        fused = fuse(merge(one, layer.lora, stacked=False))
+        fused = fuse(compute, merge(one, layer.lora, stacked=False))
         layers.append(lay(jax.tree.map(as_decoded, layout.fused[layer][1], fused), layout.decoded[layer][1]))
     return View(lay(params["outer"], layout.weights["outer"]), tuple(layers))
 
@@ -304,12 +305,16 @@ def decode(
     view: View,
     prompt_cache: tuple[KeyValue, ...],
     prompt_len: jax.Array,
-    cache: tuple[KeyValue, ...],
+    cache: tuple[Own, ...],
     cache_len: jax.Array,
     tokens: jax.Array,
     seats: Seats,
-) -> tuple[jax.Array, tuple[KeyValue, ...]]:
-    """One token a row: [B] -> its hidden state [B, D], and the cache with its keys and values at ``cache_len``."""
+    step: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[Own, ...]]:
+    """One token a row: [B] -> its hidden state [B, D], and the cache with its keys and values at ``cache_len``.
+
+    ``step`` counts from where caches began to grow.
+    """
     compute = layout.compute
     seen = {layer.window: seen_columns(seats, prompt_len, cache_len, layer.window) for layer in layout.layers}
 
@@ -317,16 +322,17 @@ def decode(
         layer = layout.layers[index]
         prompt_seen, own_seen = seen[layer.window]
 
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
-            own = keeper.write(cache[index], k, v, cache_len)
-            return keeper.attend(q, seats, prompt_cache[index], prompt_seen, own, own_seen, layer.softcap), own
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Own]:
+            own, parts = keeper.add(cache[index], k, v, cache_len, step, own_seen)
+            return keeper.attend(q, seats, prompt_cache[index], prompt_seen, parts, layer.softcap), own
 
         return mix
 
     outer = nnx.merge(layout.outer, view.outer)
     x = compute.shard(outer.embed(tokens), "batch", None)
     positions = seats.spread(prompt_len, tokens.shape[0]) + cache_len
-    longest = columns(prompt_cache[0]) + columns(cache[0])
+    own = cache[0]
+    longest = columns(prompt_cache[0]) + columns(own.old if isinstance(own, Growing) else own)
     # Looked up: sines and cosines of the positions would be fused into what they turn, and so computed by every layer.
     table = layout.turns(jnp.arange(longest, dtype=jnp.int32), longest)
     look_up = partial(jnp.take, indices=positions, axis=0, mode="clip")

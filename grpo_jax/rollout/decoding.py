@@ -15,14 +15,12 @@ from grpo_jax.rollout.programs import Programs
 from grpo_jax.rollout.requests import Requests, Sampled
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.rollout.shapes import Arranged, Ladder, Shape, arrange
-from grpo_jax.rollout.slots import Context, Seating, Slots, row_key_data
+from grpo_jax.rollout.slots import SEGMENT, Context, Seating, Slots, row_key_data
 from grpo_jax.rollout.stops import StopStrings
 from grpo_jax.types import Rollout
 
-SEGMENT = 32
-"""Most steps between two looks at the rows."""
 WATCHED = 4
-"""The same where somebody watches the rows grow."""
+"""Most steps between two looks where somebody watches the rows grow; `SEGMENT` where nobody does."""
 
 
 @dataclass(frozen=True)

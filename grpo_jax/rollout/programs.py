@@ -111,7 +111,7 @@ class Programs:
     def _make(self, key: Key, future: Future[Any]) -> None:
         """Whoever waits is told of an error; who asks later tries anew, as after Ctrl-C."""
         try:
-            future.set_result(self._lower(key).compile())
+            future.set_result(self.lower(key).compile())
         except BaseException as error:
             del self._made[key]
             future.set_exception(error)
@@ -120,7 +120,8 @@ class Programs:
     def _layer_kinds(self) -> list[tuple[int, int]]:
         return list(dict.fromkeys((layer.kv_heads, layer.head_dim) for layer in self._model.spec.layers))
 
-    def _lower(self, key: Key) -> Any:
+    def lower(self, key: Key) -> Any:
+        """The program of a key, to be compiled."""
         table: dict[str, Callable[..., Any]] = {
             "prefill": self._lower_prefill,
             "open": self._lower_open,

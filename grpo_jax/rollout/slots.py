@@ -7,13 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.decode_attention import KeyValue
+from grpo_jax.models.decode_attention import KeyValue, Own
 from grpo_jax.models.model import Cache, Model, PromptCache, View
 from grpo_jax.models.prefill import CHUNK
 from grpo_jax.models.seats import Seats
 from grpo_jax.rollout.sampling import History, Sampling, address_keys, sample, uniforms
 from grpo_jax.rollout.shapes import Shape
 
+Carry = tuple["Rows", tuple[Own, ...], jax.Array, jax.Array]
+"""Of a decode step: rows, their keys and values, who is live, steps done."""
+SEGMENT = 32
+"""Most steps between two looks at the rows."""
 PREFILL_TOKENS = 8192
 """Prompt tokens that go through the model at once; more go one part after the other."""
 
@@ -155,7 +159,7 @@ def segment(
         live: [B] bool, rows that go on; each has fewer tokens than its limit and the cache's length.
         seats: which of them goes on from which prompt.
         temperature: scalar.
-        steps: scalar int32.
+        steps: scalar int32, at most `SEGMENT`.
         few: scalar int32.
 
     Returns:
@@ -164,24 +168,25 @@ def segment(
     stop_ids = jnp.asarray(rules.stop_ids, jnp.int32)
     keys = jax.random.wrap_key_data(slots.rows.keys, impl="threefry2x32")
 
-    def body(carry: tuple[Slots, jax.Array, jax.Array]) -> tuple[Slots, jax.Array, jax.Array]:
-        slots, live, done = carry
-        rows = slots.rows
-        column = jnp.where(live, rows.length, 0)  # what a row that is done has kept is read no more
-        hidden, cache = model.decode(view, context.cache, context.length, slots.cache, column, rows.token, seats)
+    def body(carry: Carry) -> Carry:
+        rows, cache, live, done = carry
+        column = jnp.where(live, rows.length, done)  # what a row that is done has kept is read no more
+        prompts = context.cache, context.length
+        hidden, cache = model.decode(view, *prompts, cache, column, rows.token, seats, done)
         u, history = uniforms(keys, rows.length), _history(rules, context, rows, seats)
         drawn = sample(model.head(view, hidden), u, rules, temperature, history)
         rows, live = _record(rows, live, drawn, stop_ids)
-        return Slots(rows, cache), live, done + 1
+        return rows, cache, live, done + 1
 
-    def more(carry: tuple[Slots, jax.Array, jax.Array]) -> jax.Array:
-        _, live, done = carry
+    def more(carry: Carry) -> jax.Array:
+        _, _, live, done = carry
         return (done < steps) & (live.sum() > few)
 
-    slots, live, done = jax.lax.while_loop(more, body, (slots, live, jnp.int32(0)))
-    rows = slots.rows
+    begin = slots.rows, model.grow(slots.cache, SEGMENT), live, jnp.int32(0)
+    rows, cache, live, done = jax.lax.while_loop(more, body, begin)
+    cache = model.grown(cache, slots.rows.length, done)
     status = jnp.stack([rows.length, live.astype(jnp.int32), rows.stopped.astype(jnp.int32), done + 0 * rows.length])
-    return Slots(_pin(model, rows), _pin_cache(model, slots.cache)), model.compute.shard(status, None, None)
+    return Slots(_pin(model, rows), _pin_cache(model, cache)), model.compute.shard(status, None, None)
 
 
 def _history(rules: Sampling, context: Context, rows: Rows, seats: Seats) -> History | None:

@@ -15,6 +15,7 @@ from grpo_jax.models.decode_attention import (
     KV_DTYPES,
     READERS,
     VALUES,
+    Growing,
     Int8,
     Keeper,
     Seen,
@@ -86,7 +87,17 @@ def _attend(keeper, q, prompt, prompt_len, own, cache_len, window=None, softcap=
     seats = Seats(len(prompt_len))
     seen = seen_columns(seats, prompt_len, cache_len, window)
     kept, mine = keeper.keep(*prompt), keeper.keep(*own)
-    return keeper.attend(q, seats, kept, seen[0], mine, seen[1], softcap)
+    return keeper.attend(q, seats, kept, seen[0], [(mine, seen[1])], softcap)
+
+
+@partial(jax.jit, static_argnums=(0, 10, 11))
+def _step(keeper, q, prompt, prompt_len, own, new, keys, values, start, step, window, softcap):
+    """As a segment has it: new keys and values to their own buffer, then attention over both."""
+    seen = seen_columns(Seats(len(prompt_len)), prompt_len, start + step, window)
+    new, kept = keeper.write(new, keys, values, step), keeper.keep(*prompt)
+    before, since = seen[1].split(start)
+    parts = [(own, before), (new, since)]
+    return keeper.attend(q, Seats(len(prompt_len)), kept, seen[0], parts, softcap), new
 
 
 @pytest.mark.parametrize("variant", READERS)
@@ -98,6 +109,55 @@ def test_every_variant_equals_one_softmax_over_all_columns(variant, case):
     want = _oracle(*inputs, **rules)
     got = _attend(_keeper(variant), *inputs, *rules.values())
     assert np.abs(got - want).max() < 2e-6
+
+
+@pytest.mark.parametrize("case", ["plain", "window", "window into the prompt, cap", "short buffers"])
+@pytest.mark.parametrize("variant", sorted(set(READERS) - {"ragged"}))
+def test_a_segments_new_columns_are_kept_apart_and_joined(variant, case):
+    """Every step is one softmax over all columns, and afterwards they lie as if each had been written in its place."""
+    sizes, steps = dict(CASES[case]), 3
+    rules = [sizes.pop(name, None) for name in ("window", "softcap")]
+    q, prompt, prompt_len, own, _ = _inputs(**sizes)
+    length, keeper = own[0].shape[2], _keeper(variant)
+    start = np.minimum([0, length - 3, length // 2, 1, 0, length // 3], length - steps).astype(np.int32)
+    growing = keeper.grow(keeper.keep(*own), 4)  # a column is left over
+    old, new = growing.old, growing.new
+    for step in range(steps):
+        rows = start + step
+        now = [x[np.arange(len(q)), :, rows] for x in own]
+        got, new = _step(keeper, q, prompt, prompt_len, old, new, *now, start, np.int32(step), *rules)
+        want = _oracle(q, prompt, prompt_len, own, rows, *rules)
+        assert np.abs(got - want).max() < 2e-6
+    column = np.arange(length)[:, None]
+    written = (column >= start[:, None, None, None]) & (column < start[:, None, None, None] + steps)
+    other = [np.where(written, 7, x) for x in own]
+    after = keeper.grown(Growing(keeper.keep(*other), new), jnp.asarray(start), np.int32(steps))
+    jax.tree.map(np.testing.assert_array_equal, after, keeper.keep(*own))
+
+
+def test_what_is_behind_the_last_column_is_not_joined():
+    keeper = _keeper("dense")
+    own = _inputs(length=5)[3]
+    growing = keeper.grow(keeper.keep(*own), 4)
+    full = jax.tree.map(lambda x: x + 1, growing.new)
+    after = keeper.grown(Growing(growing.old, full), jnp.full(6, 3), np.int32(4))
+    want = [x.copy() for x in own]
+    for x in want:
+        x[:, :, 3:] = 1
+    jax.tree.map(np.testing.assert_array_equal, after, keeper.keep(*want))
+
+
+@pytest.mark.parametrize("kept", KV_DTYPES)
+@pytest.mark.parametrize("variant", READERS)
+def test_one_column_for_all_rows_is_written_as_each_rows_own_is(variant, kept):
+    keeper = _keeper(variant, kept=kept)
+    own = keeper.keep(*_inputs()[3])
+    now = [x[:, :, 3] for x in _inputs(seed=1)[3]]
+    for column in (0, 63, 64, 199, 200, 300):
+        one = keeper.write(own, *now, jnp.int32(column))
+        jax.tree.map(np.testing.assert_array_equal, one, keeper.write(own, *now, jnp.full(6, column)))
+        changed = any(jax.tree.leaves(jax.tree.map(lambda x, y: (x != y).any(), one, own)))
+        assert changed == (column < 200)
 
 
 @pytest.mark.parametrize("kept", ["auto", "int8"])

@@ -120,8 +120,8 @@ def test_decoding(one, eight):
     view, prompt_cache, cache, got = run(model, params)
     layer, rows = view.layers[0], data * fsdp
     assert _shards(view.outer["embed"]["kernel"]) == (V // tensor, D)
-    assert _shards(layer["attention"]["qkv"]["kernel"]) == (D, K // tensor, H // K + 2, d)
-    assert _shards(layer["mlp"]["gate_up"]["kernel"]) == (D, 2, F // tensor)
+    assert _shards(layer["attention"]["qkv"]["kernel"]) == (D, 1, K // tensor * (H // K + 2) * d)
+    assert _shards(layer["mlp"]["gate_up"]["kernel"]) == (D, 1, 2 * F // tensor)
     assert _shards(prompt_cache[1][0][0]) == (8 // rows, K // tensor, d, 6)
     assert _shards(cache[1][1][0]) == (16 // rows, K // tensor, 3, d)
     for g, w in zip(got, run(*one)[3], strict=True):

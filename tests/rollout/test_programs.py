@@ -35,7 +35,7 @@ def made(monkeypatch):
     """Programs that compile nothing, and the log of what they would have."""
     model, params = tiny_model()
     log: list = []
-    monkeypatch.setattr(Programs, "_lower", lambda self, key: Lowered(key, log))
+    monkeypatch.setattr(Programs, "lower", lambda self, key: Lowered(key, log))
     shapes = ladder(4, 8, 256, None, 1)
     return Programs(model, Sampling().rules, shapes, 16, model.decode_view(params)), log
 
@@ -82,7 +82,7 @@ def test_programs_of_old_kinds_of_calls_are_given_back(monkeypatch):
     model, params = tiny_model()
     monkeypatch.setattr(engine, "PROGRAMS", {})
     monkeypatch.setattr(engine, "MOST_KINDS", 2)
-    monkeypatch.setattr(Programs, "_lower", lambda self, key: Lowered(key, []))
+    monkeypatch.setattr(Programs, "lower", lambda self, key: Lowered(key, []))
     view = model.decode_view(params)
     sampler, rules = ContinuousEngine(model, 16), Sampling().rules
     made = [sampler._compiled(rules, sampler.shapes(n, 2, 8), 16, view) for n in (1, 2, 1, 3, 1)]

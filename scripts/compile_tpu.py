@@ -1,0 +1,173 @@
+"""Compile a run's programs for TPUs that are not there: whether they compile, and the memory they take.
+
+    pip install '.[tpu]'
+    python scripts/compile_tpu.py [CONFIG.toml] --topology v5e:2x2 [--shapes 0.5b] [--dotted.field value ...]
+
+The words are train.py's, and these. XLA's TPU compiler is in libtpu and runs on any Linux machine, so that a run can be
+tried before there is hardware: what does not fit in a TPU's memory does not compile. Nothing is loaded, nothing runs,
+and only the facts of the model are read. Prints a row for each program: seconds to compile, and by the compiler's own
+analysis MiB on each device of arguments, of results beside those that take an argument's place, and of temporaries.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# ruff: noqa: E402
+# The library looks for a TPU's surroundings; there are none, and no need to look.
+os.environ["JAX_PLATFORMS"] = "cpu"
+for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}.items():
+    os.environ.setdefault(name, value)
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from grpo_jax.batching import empty_rows
+from grpo_jax.cli import in_a_line, parse
+from grpo_jax.config import TrainConfig
+from grpo_jax.learner.learning import adapted, layout_of, make_learner
+from grpo_jax.mesh import batch_sharding, make_mesh
+from grpo_jax.models import Model
+from grpo_jax.models.model import _decode_view
+from grpo_jax.models.spec import ModelSpec
+from grpo_jax.rollout import sampling_from
+from grpo_jax.rollout.programs import Programs
+from grpo_jax.rollout.setup import decoder, engine_from
+from grpo_jax.types import TrainBatch
+
+HEADING = "| program | s | arguments | results | temporaries |\n|---|---|---|---|---|"
+MIB = 2**20
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:2x2", help="as the compiler names it: v5e:2x2, v6e:4x4, v5p:2x2x1")
+    parser.add_argument("--shapes", help="a config.json or its directory, or 0.5b, 1.5b, 7b; default: the run's model")
+    parser.add_argument("--prompt_len", type=int, help="tokens of a prompt; default: data.max_prompt_len")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PROGRAM", help="those that begin so")
+    options, rest = parser.parse_known_args(words)
+    config, _ = parse(rest)
+    devices = topology(options.topology)
+    model = describe(config, options.shapes, devices)
+    prompt_len = options.prompt_len or config.data.max_prompt_len
+    print(f"{len(devices)} x {devices[0].device_kind}, {model.param_count:,} parameters\n\n{HEADING}", flush=True)
+    for title, lower in programs(config, model, prompt_len):
+        if not options.only or title.startswith(tuple(options.only)):
+            print(line(title, lower), flush=True)
+
+
+def topology(name: str) -> list[Any]:
+    """Devices that can be compiled for."""
+    kind, _, shape = name.partition(":")
+    try:
+        whole = shape if shape.count("x") == 2 else f"{shape}x1"
+        return list(topologies.get_topology_desc(f"{kind}:{whole}", platform="tpu").devices)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--topology: got {name}, and no such TPU can be compiled for ({said}); pip install 'grpo_jax[tpu]', and "
+            "use a kind and a shape as v5e:2x2"
+        ) from error
+
+
+def describe(config: TrainConfig, shapes: str | None, devices: list[Any]) -> Model:
+    """The run's model on those devices, without parameters."""
+    table, mesh = config.model, config.mesh
+    longest = config.data.max_prompt_len + config.rollout.max_new_tokens
+    model = Model(
+        replace(facts(shapes or table.path), longest=longest),
+        dtype=table.dtype,
+        param_dtype=table.param_dtype,
+        precision=table.matmul_precision,
+        mesh=make_mesh(mesh.data, mesh.fsdp, mesh.tensor, mesh.expert, devices),
+        remat=table.remat or "none",
+    )
+    return adapted(model, table.lora)
+
+
+def facts(source: str) -> ModelSpec:
+    """Of one of the benchmarks' models, or of a config.json here or on the hub."""
+    from bench_rollout import WORKS
+
+    if source in WORKS:
+        return WORKS[source].model().spec
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(source, "config.json"))
+        except Exception as error:
+            raise ValueError(
+                f"--shapes: got {source}, which is no file, no directory with a config.json, and cannot be had from "
+                f"the hub ({type(error).__name__}); use one of them, or one of {', '.join(WORKS)}"
+            ) from error
+    return ModelSpec.from_hf(json.loads(path.read_text()))
+
+
+def programs(config: TrainConfig, model: Model, prompt_len: int) -> Iterator[tuple[str, Any]]:
+    """(title, how it is lowered) of what a step needs, in order; of the decode shapes the first and the last."""
+    if config.algorithm.has_critic:
+        raise ValueError(f"algorithm.advantage: got {config.algorithm.advantage}, and a critic is not compiled here")
+    decodes = decoder(config.rollout, model).base
+    base = model.base.abstract_params
+    lowered = _decode_view.lower(decodes, base, decodes.compute.mesh != model.compute.mesh)
+    view = placed(lowered)
+    yield "decode view", lambda: lowered
+    rollout = config.rollout
+    engine = engine_from(rollout, decodes, prompt_len, argparse.Namespace(decode=None))
+    ladder = engine.shapes(rollout.prompts_per_step, rollout.num_samples, rollout.max_new_tokens)
+    made = Programs(decodes, sampling_from(rollout, [0]).rules, ladder, prompt_len, view)
+    yield "prefill", lambda: made.lower(("prefill",))
+    for kind in ("segment", "layer"):
+        keys = [key for key in made.keys if key[0] == kind]
+        for key in dict.fromkeys((keys[0], keys[-1])):
+            shape = key[1]
+            title = f"{kind}, {shape.rows} rows of {shape.length}" if kind == "segment" else f"move of a {kind}"
+            yield title, lambda key=key: made.lower(key)
+    layout = layout_of(config, model, prompt_len)
+    learner = make_learner(config, model, layout, None)
+    state = placed(type(learner)._init.lower(learner, model.trained(model.abstract_params)))
+    state = replace(state, frozen=model.frozen(model.abstract_params))
+    rows, sharding = layout.row_counts[-1], batch_sharding(model.compute.mesh)
+    arrays = empty_rows(rows, layout)
+    several, kl = config.updates_per_step > 1, config.loss.kl_coef != 0
+    arrays |= {name: arrays["sampler_logp"] for name, there in (("old_logp", several), ("ref_logp", kl)) if there}
+    batch = TrainBatch(**arrays, shared=layout.shared)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+    size = f"{rows} rows of {layout.row_len}"
+    if several or kl:
+        yield f"logprobs, {size}", lambda: type(learner).logprobs.lower(learner, model.abstract_params, batch)
+    yield f"update, {size}", lambda: type(learner).update.lower(learner, state, batch, np.int32(layout.sample_count))
+
+
+def placed(lowered: Any) -> Any:
+    """What a program gives: shapes, dtypes, and where the compiler lays them."""
+    make = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(make, lowered.out_info, lowered.compile().output_shardings)
+
+
+def line(title: str, lower: Any) -> str:
+    begun = time.perf_counter()
+    found = lower().compile().memory_analysis()
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    sizes = (found.argument_size_in_bytes, fresh, found.temp_size_in_bytes)
+    return f"| {title} | {time.perf_counter() - begun:.0f} | " + " | ".join(f"{x / MIB:,.0f}" for x in sizes) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(in_a_line(lambda: main(sys.argv[1:])))
