@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 # ruff: noqa: E402
 # The library looks for a TPU's surroundings; there are none, and no need to look.
 os.environ["JAX_PLATFORMS"] = "cpu"
 for name, value in {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -33,11 +33,13 @@ for name, value in {
 
 import jax
 import numpy as np
+from bench_rollout import WORKS
 from jax.experimental import topologies
 
 from grpo_jax.batching import empty_rows
 from grpo_jax.cli import in_a_line, parse
 from grpo_jax.config import TrainConfig
+from grpo_jax.data import resolve_model
 from grpo_jax.learner.learning import adapted, layout_of, make_learner
 from grpo_jax.mesh import batch_sharding, make_mesh
 from grpo_jax.models import Model
@@ -55,7 +57,9 @@ MIB = 2**20
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2", help="as the compiler names it: v5e:2x2, v6e:4x4, v5p:2x2x1")
-    parser.add_argument("--shapes", help="a config.json or its directory, or 0.5b, 1.5b, 7b; default: the run's model")
+    parser.add_argument(
+        "--shapes", help="another checkpoint or hub id, or one of 0.5b, 1.5b, 7b; default: the run's model"
+    )
     parser.add_argument("--prompt_len", type=int, help="tokens of a prompt; default: data.max_prompt_len")
     parser.add_argument("--only", nargs="+", default=[], metavar="PROGRAM", help="those that begin so")
     options, rest = parser.parse_known_args(words)
@@ -88,7 +92,7 @@ def describe(config: TrainConfig, shapes: str | None, devices: list[Any]) -> Mod
     table, mesh = config.model, config.mesh
     longest = config.data.max_prompt_len + config.rollout.max_new_tokens
     model = Model(
-        replace(facts(shapes or table.path), longest=longest),
+        replace(facts(shapes or table.path, table.revision), longest=longest),
         dtype=table.dtype,
         param_dtype=table.param_dtype,
         precision=table.matmul_precision,
@@ -98,25 +102,12 @@ def describe(config: TrainConfig, shapes: str | None, devices: list[Any]) -> Mod
     return adapted(model, table.lora)
 
 
-def facts(source: str) -> ModelSpec:
-    """Of one of the benchmarks' models, or of a config.json here or on the hub."""
-    from bench_rollout import WORKS
-
+def facts(source: str, revision: str | None) -> ModelSpec:
+    """Of one of the benchmarks' models, or of a checkpoint here or on the hub."""
     if source in WORKS:
         return WORKS[source].model().spec
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(source, "config.json"))
-        except Exception as error:
-            raise ValueError(
-                f"--shapes: got {source}, which is no file, no directory with a config.json, and cannot be had from "
-                f"the hub ({type(error).__name__}); use one of them, or one of {', '.join(WORKS)}"
-            ) from error
-    return ModelSpec.from_hf(json.loads(path.read_text()))
+    directory = resolve_model(source, revision, ["config.json"])
+    return ModelSpec.from_hf(json.loads((directory / "config.json").read_text()))
 
 
 def programs(config: TrainConfig, model: Model, prompt_len: int) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import importlib.resources
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,12 +44,13 @@ def is_hub_id(text: str) -> bool:
     )
 
 
-def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve_model(path: str | os.PathLike[str], revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
     """The directory of a checkpoint, downloaded into the hub's cache where it is a hub id.
 
     Args:
         path: "quickstart", a directory, or "owner/name" on the hub.
         revision: branch, tag or commit of a hub id.
+        wanted: patterns of the files that are downloaded.
 
     Raises:
         ValueError: no such directory and no such id, one that may not be read, or a hub that cannot be reached.
@@ -74,16 +75,16 @@ def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> 
             f"model.path: directory {str(path)!r} does not exist (looked from {Path.cwd()}); give the directory of a "
             'Hugging Face checkpoint, or a hub id "owner/name"'
         )
-    return _download(str(path), revision)
+    return _download(str(path), revision, wanted)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         with retries_unsaid():
             directory = snapshot_download(
-                name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+                name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)
             )
     except Exception as error:
         raise ValueError(f"model.path: {name!r} is no directory here, and {explain(error, revision)}") from error

@@ -157,9 +157,13 @@ class Embedding(nnx.Module):
         self.compute, self.scale = compute, scale
         self.kernel = nnx.Param(Weight((vocab, width), ("vocab", "embed")))
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[...] int32 -> [..., D]; ids outside the vocabulary are clipped. Its gradient is summed in float32."""
-        rows = jnp.take(self.kernel[...].astype(jnp.float32), tokens, axis=0, mode="clip").astype(self.compute.dtype)
+    def __call__(self, tokens: jax.Array, trained: bool = False) -> jax.Array:
+        """[...] int32 -> [..., D]; ids outside the vocabulary are clipped.
+
+        Where it is ``trained`` its gradient is summed in float32, for which the table may be copied in float32.
+        """
+        table = self.kernel[...].astype(jnp.float32) if trained else self.kernel[...]
+        rows = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute.dtype)
         # The factor is rounded to the dtype first, as Gemma's was in training.
         return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, rows.dtype)
 

@@ -221,7 +221,7 @@ def hidden_states(
     turns = layout.turns(positions, tokens.shape[1] if shared is None else shared.prompt_len + shared.block_len)
     windows = [layer.window for layer in layout.layers]
     read = row_reader(compute, windows, positions, segment_ids, context_ids, shared)
-    x = compute.shard(outer.embed(tokens), "batch", None, None)
+    x = compute.shard(outer.embed(tokens, trained=True), "batch", None, None)
     mixtures = [layer.moe for layer in layout.layers if layer.moe is not None]
     probs = jnp.zeros((*tokens.shape, mixtures[0].experts), jnp.float32) if counted is not None else None
     loads = []
