@@ -62,7 +62,7 @@ def first_segment(compile_tpu, *words):
 
 
 @UNKEPT
-@pytest.mark.parametrize("attention", [pytest.param(x, marks=needs_libtpu) for x in ("dense", "ragged")])
+@pytest.mark.parametrize("attention", [pytest.param(x, marks=needs_libtpu) for x in ("auto", "dense")])
 def test_a_loop_that_decodes_leaves_the_cache_where_it_lies(compile_tpu, attention):
     """No step copies or rewrites keys and values of earlier segments; with columns written in place each would."""
     words = ["--rollout.max_new_tokens", str(COLUMNS), "--rollout.attention", attention]
@@ -74,7 +74,7 @@ def test_a_loop_that_decodes_leaves_the_cache_where_it_lies(compile_tpu, attenti
         part for part in text.split("\n\n") if not part.startswith("ENTRY") and "fused_comp" not in part[:40]
     )
     moved = re.findall(rf"= {shape}\S* (?:copy|fusion|scatter)\(", loop)
-    assert bool(moved) == (attention == "ragged")
+    assert bool(moved) == (attention == "dense")
 
 
 @UNKEPT

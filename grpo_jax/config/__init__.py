@@ -141,9 +141,10 @@ class RolloutConfig(Section):
     kv_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     """Type in which decoding keeps keys and values; auto: model.dtype. Any other rounds what the sampler reads and the
     learner does not, so that algorithm.loss.correction is "tis" unless it is given."""
-    attention: Literal["auto", "dense", "ragged", "pallas"] = "auto"
+    attention: Literal["auto", "dense", "ragged", "buffered", "pallas"] = "auto"
     """How decoding reads keys and values. dense: all columns of the cache. ragged: those blocks of columns that some
-    completion has come to. pallas: a kernel for GPUs, not yet run on one. auto: ragged on the CPU, dense elsewhere."""
+    completion has come to. buffered: dense, the columns of the last steps kept apart. pallas: a kernel for GPUs, not
+    yet run on one. auto: ragged on the CPU, buffered on a TPU, dense elsewhere."""
 
 
 class RewardConfig(Section):

@@ -213,12 +213,17 @@ def read_pallas(
     return Part(*jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(q, k, v, seen))
 
 
-READERS: Mapping[str, Read] = {"dense": read_dense, "ragged": read_ragged, "pallas": read_pallas}
-"""Variant -> how it reads. "dense" is also what a TPU takes: the rows' caches grow by the engine's shapes."""
+READERS: Mapping[str, Read] = {
+    "dense": read_dense,
+    "ragged": read_ragged,
+    "buffered": read_dense,
+    "pallas": read_pallas,
+}
+"""Variant -> how it reads. "buffered" keeps the columns of a segment apart until it ends, see `Keeper.grow`."""
 
 KV_DTYPES = ("auto", "bfloat16", "int8")
 
-DEFAULTS: Mapping[str, str] = {"cpu": "ragged"}
+DEFAULTS: Mapping[str, str] = {"cpu": "ragged", "tpu": "buffered"}
 """Platform -> the variant that "auto" takes there; "dense" elsewhere: nothing else was run on hardware."""
 
 
@@ -284,12 +289,12 @@ class Keeper:
         return put(kept[0], self._encode(keys), KEYS), put(kept[1], self._encode(values), VALUES)
 
     def grow(self, kept: KeyValue, steps: int) -> Own:
-        """For a segment of at most ``steps``: where blocks are not skipped, new columns go to a buffer of their own.
+        """For a segment of at most ``steps``: "buffered" writes new columns to a buffer of their own.
 
-        A TPU writes one column of a long cache only by turning it, or row after row; what a loop does not write
-        stays as it is.
+        XLA lays a cache out on a TPU for what a loop writes to it, which is not how it is best kept and read; one that
+        is only read stays as it is.
         """
-        if self.variant == "ragged":
+        if self.variant != "buffered":
             return kept
 
         def buffer(blocks: Blocks, axis: int) -> Blocks:

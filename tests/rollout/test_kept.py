@@ -29,17 +29,18 @@ def test_contract_4_holds_with_rounded_keys_and_values(kept, least, most):
 
 
 @pytest.mark.parametrize("slots", [None, 6])
-def test_dense_and_ragged_sample_the_same(slots):
+def test_every_way_to_read_samples_the_same(slots):
     """Over several segments, with rows abreast and with rows that others follow; each agrees with the learner."""
     model, params = tiny_model()
     limits = np.random.default_rng(0).integers(1, 150, 12)
     call = {"num_samples": 4, "sampling": Sampling(max_new_tokens=150), "seed": 0, "step": 0, "limits": limits}
-    made = [ContinuousEngine(replace(model, attention=x), 16, slots) for x in ("dense", "ragged")]
+    made = [ContinuousEngine(replace(model, attention=x), 16, slots) for x in ("dense", "ragged", "buffered")]
     assert made[0].shapes(3, 4, 150).refill == (slots is not None)
-    one, two = (engine.generate(params, ASKED[:3], **call) for engine in made)
-    same = [a == b for a, b in zip(completions(one), completions(two), strict=True)]
-    assert np.mean(same) > 0.8 and (one.completion_len == limits).all()
-    assert np.abs(one.sampler_logp - two.sampler_logp)[same].max() < 1e-4
-    for rollout in (one, two):
+    one, *others = rollouts = [engine.generate(params, ASKED[:3], **call) for engine in made]
+    for other in others:
+        same = [a == b for a, b in zip(completions(one), completions(other), strict=True)]
+        assert np.mean(same) > 0.8 and (one.completion_len == limits).all()
+        assert np.abs(one.sampler_logp - other.sampler_logp)[same].max() < 1e-4
+    for rollout in rollouts:
         gap = np.abs(learner_logp(model, params, rollout, 1.0) - rollout.sampler_logp)[rollout.completion_mask]
         assert gap.mean() <= 1e-5 and gap.max() <= 1e-4
