@@ -426,16 +426,16 @@ def _put_together(block: jax.Array, new: jax.Array, column: jax.Array, axis: int
 
 
 def _behind(block: jax.Array, new: jax.Array, start: jax.Array, steps: jax.Array, axis: int) -> jax.Array:
-    """The block with the first ``steps`` columns of ``new`` from column ``start`` [R] on; none from C on."""
-    size = block.shape[axis]
+    """The block with the first ``steps`` columns of ``new`` from column ``start`` [R] on; none from C on.
 
-    def one(block: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        around = [(size, size) if i == axis - 1 else (0, 0) for i in range(new.ndim)]
-        moved = jax.lax.dynamic_slice_in_dim(jnp.pad(new, around), size - start, size, axis - 1)
-        column = jnp.arange(size).reshape(-1, *[1] * (new.ndim - axis))
-        return jnp.where((column >= start) & (column < start + steps), moved, block)
-
-    return jax.vmap(one)(block, new, start)
+    A product with zeros and ones, which is exact: each row's own shift as a gather would be a loop over rows on a TPU.
+    """
+    column, step = jnp.arange(block.shape[axis]), jnp.arange(new.shape[axis])[:, None]
+    goes = (column == start[:, None, None] + step) & (step < steps)  # [R, W, C]
+    pattern = "rkdw,rwc->rkdc" if axis == KEYS else "rkwd,rwc->rkcd"
+    moved = jnp.einsum(pattern, new.astype(jnp.float32), goes.astype(jnp.float32), precision="highest")
+    there = jnp.expand_dims(goes.any(axis=1), [i for i in (1, 2, 3) if i != axis])
+    return jnp.where(there, moved.astype(block.dtype), block)
 
 
 def columns(kept: KeyValue) -> int:
