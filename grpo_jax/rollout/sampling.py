@@ -1,5 +1,6 @@
 """Logits to tokens: one addressed uniform a token, inverted through the cumulative distribution in two levels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import chex
@@ -159,12 +160,17 @@ def uniforms(keys: jax.Array, index: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
-def invert_cdf(weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+Whole = Callable[[jax.Array], jax.Array]
+"""[B, n], its columns cut over devices or not -> the same with every row's columns on one device."""
+
+
+def invert_cdf(weights: jax.Array, u: jax.Array, whole: Whole = lambda x: x) -> tuple[jax.Array, jax.Array]:
     """The token at which the cumulative weight first exceeds ``u`` times the total; never one of weight 0.
 
     Args:
         weights: [B, V] float32, not negative, a positive one in each row.
         u: [B] float32 in [0, 1).
+        whole: for the few numbers of either level, so that what follows is no talk between devices.
 
     Returns:
         [B] int32; and the total [B] float32.
@@ -175,12 +181,12 @@ def invert_cdf(weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     blocks = -(-vocab // size)
     weights = jnp.pad(weights, ((0, 0), (0, blocks * size - vocab))) if vocab % size else weights
     weights = weights.reshape(weights.shape[0], blocks, size)
-    sums = weights.sum(-1)  # [B, blocks]
+    sums = whole(weights.sum(-1))  # [B, blocks]
     total = sums.sum(-1)
     target = u * total
     block = _first_beyond(sums, target)
     before = jnp.where(jnp.arange(blocks) < block[:, None], sums, 0.0).sum(-1)
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    inside = whole(jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0])
     token = block * size + _first_beyond(inside, target - before)
     return jnp.minimum(token, vocab - 1).astype(jnp.int32), total  # weights that are no numbers point anywhere
 
@@ -217,6 +223,7 @@ def sample(
     rules: Sampling,
     temperature: jax.Array | float,
     history: History | None = None,
+    whole: Whole = lambda x: x,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Draw one token a row.
 
@@ -226,6 +233,7 @@ def sample(
         rules: static; its own temperature is not read.
         temperature: scalar; 0 takes the most likely token that may be drawn.
         history: needed where ``rules`` has penalties or ``min_tokens``.
+        whole: see ``invert_cdf``.
 
     Returns:
         [B] int32 tokens; [B] float32 log-probabilities in the tempered distribution before penalties and truncation;
@@ -239,7 +247,7 @@ def sample(
     tempered = _below_top(logits) / divisor
     allowed = _below_top(penalize(logits, rules, history)) / divisor if rules.changed else tempered
     kept = truncate(jnp.exp(allowed), rules.top_k, rules.top_p, rules.min_p)
-    token, total = invert_cdf(kept, u)
+    token, total = invert_cdf(kept, u, whole)
     token = jax.lax.cond(greedy, lambda: jnp.argmax(allowed, axis=-1).astype(jnp.int32), lambda: token)
     if not rules.changed:
         return token, _logp(tempered, total, token), None

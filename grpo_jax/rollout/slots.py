@@ -174,7 +174,8 @@ def segment(
         prompts = context.cache, context.length
         hidden, cache = model.decode(view, *prompts, cache, column, rows.token, seats, done)
         u, history = uniforms(keys, rows.length), _history(rules, context, rows, seats)
-        drawn = sample(model.head(view, hidden), u, rules, temperature, history)
+        whole = partial(_pin_leaf, model)
+        drawn = sample(model.head(view, hidden), u, rules, temperature, history, whole)
         rows, live = _record(rows, live, drawn, stop_ids)
         return rows, cache, live, done + 1
 

@@ -1,5 +1,7 @@
 """A layout of its own for decoding: the same devices cut otherwise, the same tokens, the same updates."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import grpo_jax
 from grpo_jax.config import RolloutConfig, TrainConfig
 from grpo_jax.mesh import make_mesh
 from grpo_jax.metrics import read_json_lines
-from grpo_jax.rollout import generate
+from grpo_jax.rollout import ContinuousEngine, Sampling, generate
+from grpo_jax.rollout.programs import Programs
 from grpo_jax.rollout.setup import decoder
 from grpo_jax.testing import tiny_checkpoint, tiny_model
 
@@ -56,6 +59,18 @@ def test_contract_4_tokens_do_not_depend_on_the_layout(cut, layout):
     same = (got.tokens == want.tokens).all(1)
     assert same.mean() > 0.8
     np.testing.assert_allclose(got.sampler_logp[same], want.sampler_logp[same], rtol=0, atol=1e-4)
+
+
+def test_devices_that_decode_together_talk_little():
+    """Twice a layer; and of a cut vocabulary for the embedding, the largest logit, the blocks, the block, the token."""
+    model, params = tiny_model(make_mesh(1, 1, 2, devices=jax.devices()[:2]), vocab_size=512)
+    engine, rules = ContinuousEngine(model, 8), Sampling(max_new_tokens=8).rules
+    programs = Programs(model, rules, engine.shapes(2, 4, 8), 8, engine.view(params))
+    key = next(key for key in programs.keys if key[0] == "segment")
+    text = programs.lower(key).compile().as_text()
+    talks = re.findall(r" (?:all-reduce|all-gather|collective-permute|all-to-all)\(", text)
+    greedy = 2  # where nothing is drawn, on a branch of its own
+    assert 2 * len(model.spec.layers) < len(talks) <= 2 * len(model.spec.layers) + 5 + greedy
 
 
 def test_what_cannot_be_is_refused(cut):
