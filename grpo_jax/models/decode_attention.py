@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax.mesh import spec_for
 from grpo_jax.models.attention import MASKED, cap
+from grpo_jax.models.decode_write import KEYS, VALUES, put, put_behind, put_together
 from grpo_jax.models.layers import Compute
 from grpo_jax.models.seats import Seats
 
@@ -50,9 +51,6 @@ class Int8:
 
 Block = jax.Array | Int8
 """Some columns of keys [R, K, d, c], or of values [R, K, c, d]."""
-
-KEYS, VALUES = 3, 2
-"""The axis of a block's columns."""
 
 Blocks = tuple[Block, ...]
 """Keys, or values, of one layer."""
@@ -275,9 +273,9 @@ class Keeper:
 
     def write(self, kept: KeyValue, keys: jax.Array, values: jax.Array, column: jax.Array) -> KeyValue:
         """Puts new keys and values, each [R, K, d], at column ``column``, [R] or one for all; none from C on."""
-        one = _put if column.ndim else _put_together
+        one = put if column.ndim else put_together
 
-        def put(blocks: Blocks, new: Block, axis: int) -> Blocks:
+        def over(blocks: Blocks, new: Block, axis: int) -> Blocks:
             out, start = [], 0
             for block in blocks:
                 width = block.shape[axis]
@@ -286,7 +284,7 @@ class Keeper:
                 start += width
             return tuple(out)
 
-        return put(kept[0], self._encode(keys), KEYS), put(kept[1], self._encode(values), VALUES)
+        return over(kept[0], self._encode(keys), KEYS), over(kept[1], self._encode(values), VALUES)
 
     def grow(self, kept: KeyValue, steps: int) -> Own:
         """For a segment of at most ``steps``: "buffered" writes new columns to a buffer of their own.
@@ -332,7 +330,7 @@ class Keeper:
 
         def join(old: Blocks, new: Blocks, axis: int) -> Blocks:
             ((block,), (buffer,)) = old, new
-            return (self._pin(jax.tree.map(partial(_behind, start=start, steps=steps, axis=axis), block, buffer)),)
+            return (self._pin(jax.tree.map(partial(put_behind, start=start, steps=steps, axis=axis), block, buffer)),)
 
         return join(kept.old[0], kept.new[0], KEYS), join(kept.old[1], kept.new[1], VALUES)
 
@@ -405,37 +403,6 @@ class Keeper:
 def _turned(block: Block, axis: int) -> Block:
     """[R, K, c, d] -> a block with its columns at ``axis``."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 2, axis), block)
-
-
-def _put(block: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.Array:
-    """``new`` [R, K, d] at ``column`` [R] of a block; columns from c on are dropped."""
-
-    def one(row: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
-        place = row.at[:, at] if axis == VALUES else row.at[:, :, at]
-        return place.set(value, mode="drop")
-
-    return jax.vmap(one)(block, new, column)
-
-
-def _put_together(block: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.Array:
-    """`_put` of all rows at one column: a slice, which a TPU and a GPU write where it lies, and no scatter."""
-    at = jnp.minimum(column, block.shape[axis] - 1)
-    old = jax.lax.dynamic_slice_in_dim(block, at, 1, axis)
-    kept = jnp.where(at == column, jnp.expand_dims(new, axis), old)
-    return jax.lax.dynamic_update_slice_in_dim(block, kept, at, axis)
-
-
-def _behind(block: jax.Array, new: jax.Array, start: jax.Array, steps: jax.Array, axis: int) -> jax.Array:
-    """The block with the first ``steps`` columns of ``new`` from column ``start`` [R] on; none from C on.
-
-    A product with zeros and ones, which is exact: each row's own shift as a gather would be a loop over rows on a TPU.
-    """
-    column, step = jnp.arange(block.shape[axis]), jnp.arange(new.shape[axis])[:, None]
-    goes = (column == start[:, None, None] + step) & (step < steps)  # [R, W, C]
-    pattern = "rkdw,rwc->rkdc" if axis == KEYS else "rkwd,rwc->rkcd"
-    moved = jnp.einsum(pattern, new.astype(jnp.float32), goes.astype(jnp.float32), precision="highest")
-    there = jnp.expand_dims(goes.any(axis=1), [i for i in (1, 2, 3) if i != axis])
-    return jnp.where(there, moved.astype(block.dtype), block)
 
 
 def columns(kept: KeyValue) -> int:
