@@ -113,7 +113,10 @@ def facts(source: str, revision: str | None) -> ModelSpec:
 def programs(config: TrainConfig, model: Model, prompt_len: int) -> Iterator[tuple[str, Any]]:
     """(title, how it is lowered) of what a step needs, in order; of the decode shapes the first and the last."""
     if config.algorithm.has_critic:
-        raise ValueError(f"algorithm.advantage: got {config.algorithm.advantage}, and a critic is not compiled here")
+        raise ValueError(
+            f"algorithm.advantage: got {config.algorithm.advantage}, and a critic's programs are not compiled here. "
+            "Give an --algorithm.preset without a critic."
+        )
     decodes = decoder(config.rollout, model).base
     base = model.base.abstract_params
     lowered = _decode_view.lower(decodes, base, decodes.compute.mesh != model.compute.mesh)
