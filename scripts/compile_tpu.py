@@ -1,12 +1,14 @@
-"""Compile a run's programs for TPUs that are not there: whether they compile, and the memory they take.
+"""Compile a run's large programs for TPUs that are not there: whether they compile, and the memory they take.
 
     pip install '.[tpu]'
     python scripts/compile_tpu.py [CONFIG.toml] --topology v5e:2x2 [--shapes 0.5b] [--dotted.field value ...]
 
 The words are train.py's, and these. XLA's TPU compiler is in libtpu and runs on any Linux machine, so that a run can be
 tried before there is hardware: what does not fit in a TPU's memory does not compile. Nothing is loaded, nothing runs,
-and only the facts of the model are read. Prints a row for each program: seconds to compile, and by the compiler's own
-analysis MiB on each device of arguments, of results beside those that take an argument's place, and of temporaries.
+and only the facts of the model are read. Of the shapes that decode the first and the last are compiled, and of the
+moves that of a layer; the small programs around them are left out. Prints a row for each program: seconds to compile,
+and by the compiler's own analysis MiB on each device of arguments, of results beside those that take an argument's
+place, and of temporaries.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 # ruff: noqa: E402
@@ -92,7 +93,7 @@ def describe(config: TrainConfig, shapes: str | None, devices: list[Any]) -> Mod
     table, mesh = config.model, config.mesh
     longest = config.data.max_prompt_len + config.rollout.max_new_tokens
     model = Model(
-        replace(facts(shapes or table.path, table.revision), longest=longest),
+        facts(shapes, None, longest) if shapes else facts(table.path, table.revision, longest),
         dtype=table.dtype,
         param_dtype=table.param_dtype,
         precision=table.matmul_precision,
@@ -102,12 +103,12 @@ def describe(config: TrainConfig, shapes: str | None, devices: list[Any]) -> Mod
     return adapted(model, table.lora)
 
 
-def facts(source: str, revision: str | None) -> ModelSpec:
+def facts(source: str, revision: str | None, longest: int) -> ModelSpec:
     """Of one of the benchmarks' models, or of a checkpoint here or on the hub."""
     if source in WORKS:
         return WORKS[source].model().spec
     directory = resolve_model(source, revision, ["config.json"])
-    return ModelSpec.from_hf(json.loads((directory / "config.json").read_text()))
+    return ModelSpec.from_hf(json.loads((directory / "config.json").read_text()), longest)
 
 
 def programs(config: TrainConfig, model: Model, prompt_len: int) -> Iterator[tuple[str, Any]]:
@@ -120,8 +121,8 @@ def programs(config: TrainConfig, model: Model, prompt_len: int) -> Iterator[tup
     decodes = decoder(config.rollout, model).base
     base = model.base.abstract_params
     lowered = _decode_view.lower(decodes, base, decodes.compute.mesh != model.compute.mesh)
-    view = placed(lowered)
     yield "decode view", lambda: lowered
+    view = placed(lowered)
     rollout = config.rollout
     engine = engine_from(rollout, decodes, prompt_len, argparse.Namespace(decode=None))
     ladder = engine.shapes(rollout.prompts_per_step, rollout.num_samples, rollout.max_new_tokens)
@@ -135,8 +136,7 @@ def programs(config: TrainConfig, model: Model, prompt_len: int) -> Iterator[tup
             yield title, lambda key=key: made.lower(key)
     layout = layout_of(config, model, prompt_len)
     learner = make_learner(config, model, layout, None)
-    state = placed(type(learner)._init.lower(learner, model.trained(model.abstract_params)))
-    state = replace(state, frozen=model.frozen(model.abstract_params))
+    state = placed(jax.jit(learner.init).lower(model.abstract_params))
     rows, sharding = layout.row_counts[-1], batch_sharding(model.compute.mesh)
     arrays = empty_rows(rows, layout)
     several, kl = config.updates_per_step > 1, config.loss.kl_coef != 0

@@ -222,7 +222,7 @@ READERS: Mapping[str, Read] = {
 KV_DTYPES = ("auto", "bfloat16", "int8")
 
 DEFAULTS: Mapping[str, str] = {"cpu": "ragged", "tpu": "buffered"}
-"""Platform -> the variant that "auto" takes there; "dense" elsewhere: nothing else was run on hardware."""
+"""Platform -> the variant that "auto" takes there; "dense" elsewhere. Only the CPU's was run on hardware."""
 
 
 @dataclass(frozen=True)

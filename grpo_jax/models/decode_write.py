@@ -18,7 +18,7 @@ def put(block: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.A
 
 
 def put_together(block: jax.Array, new: jax.Array, column: jax.Array, axis: int) -> jax.Array:
-    """`put` for all rows at one column: a slice, which a TPU and a GPU write where it lies, and no scatter."""
+    """`put` for all rows at one column: a slice of a segment's short buffer, and no scatter."""
     at = jnp.minimum(column, block.shape[axis] - 1)
     old = jax.lax.dynamic_slice_in_dim(block, at, 1, axis)
     kept = jnp.where(at == column, jnp.expand_dims(new, axis), old)
@@ -28,7 +28,7 @@ def put_together(block: jax.Array, new: jax.Array, column: jax.Array, axis: int)
 def put_behind(block: jax.Array, new: jax.Array, start: jax.Array, steps: jax.Array, axis: int) -> jax.Array:
     """The block with the first ``steps`` columns of ``new`` from column ``start`` [R] on; none from C on.
 
-    A product with zeros and ones, which is exact: each row's own shift as a gather would be a loop over rows on a TPU.
+    A product with zeros and ones, exact for finite numbers: each row's shift as a gather is a loop over rows on a TPU.
     """
     column, step = jnp.arange(block.shape[axis]), jnp.arange(new.shape[axis])[:, None]
     goes = (column == start[:, None, None] + step) & (step < steps)  # [R, W, C]

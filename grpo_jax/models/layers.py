@@ -183,7 +183,7 @@ class MLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))`` (Shazeer 2020). ``fused`` holds gate and up as one weight.
 
     That one has p parts, as ``parts_of`` the inner width: each is a matrix of its own rows of gate, then those of up.
-    An axis of two in the middle of a weight would be turned at every call on a TPU, whose tiles are the last two axes.
+    A weight with an axis of two in its middle is turned in every segment on a TPU, whose tiles are the last two axes.
     """
 
     def __init__(self, compute: Compute, layer: LayerSpec, fused: bool):
