@@ -57,7 +57,7 @@ def pytest(work: Path, tests: list[str]) -> str | None:
     # Every program is kept, since a mutant changes few of them.
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(work / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", "-rf"]
-    command += ["--durations=0", "--durations-min=1000", *tests]
+    command += ["--durations=0", "--durations-min=1000", "-n", "0", *tests]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return None

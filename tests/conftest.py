@@ -1,33 +1,25 @@
 """Eight CPU devices in every test, set before jax is first imported.
 
 Compiling is most of what the tests cost. So XLA's CPU backend does not optimise here, which halves it, and programs
-are kept on disk for the session. Runs that a test starts as processes of their own use the settings that users have.
+are kept on disk (compile_cache.py). Runs that a test starts as processes of their own use the settings that users have.
 """
 
-import atexit
 import gc
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import compile_cache
 import pytest
+from durations import Durations
 from hypothesis import HealthCheck, settings
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *flags]))
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grpo_jax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
-# JAX writes a program in place, and another process could read half of it: each of several that test has its own.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
+compile_cache.configure()
 
 # What runs in a shell's background ignores Ctrl-C, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -58,3 +50,11 @@ def _programs_are_given_back() -> Iterator[None]:
         PROGRAMS.clear()
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure where the time goes; keep programs safely where several processes test."""
+    compile_cache.write_by_rename()
+    durations = Durations(config)
+    durations.install()
+    config.pluginmanager.register(durations, "durations-by-kind")
