@@ -72,4 +72,3 @@ def write_by_rename() -> None:
                 beside.unlink(missing_ok=True)
 
     lru_cache.LRUCache.put = put  # type: ignore[method-assign]
-
