@@ -18,6 +18,10 @@ from grpo_jax.config import LogConfig, TrainConfig
 
 CONFIG, SUMMARY, METRICS, COMPLETIONS = "config.toml", "summary.json", "metrics.jsonl", "completions.jsonl"
 CHECKPOINTS, ENVIRONMENT, DECIDED = "checkpoints", "environment.json", "decided.json"
+EPOCH = datetime.datetime(2000, 1, 1)
+"""From which times are counted, so that they are numbers of 32 bits."""
+BEGAN = "began, seconds since 2000"
+"""The entry of what was decided that tells chat templates the time, however long the run goes on."""
 MAY_DIFFER = frozenset(
     {"output_dir", "compilation_cache", "mesh.coordinator", "mesh.process_id", "mesh.platform"}
     | {f"log.{name}" for name in LogConfig.model_fields}
@@ -110,12 +114,25 @@ def no_space(error: BaseException | None) -> str | None:
 
 
 def decided(directory: Path, found: Mapping[str, int]) -> dict[str, int]:
-    """What an earlier part of the run decided from its machine, or else ``found``, which is written down."""
+    """What an earlier part of the run decided from its machine, and of the rest ``found``, which is written down."""
     file = directory / DECIDED
-    if file.exists() and (directory / METRICS).exists():
-        return json.loads(file.read_text(encoding="utf-8"))
-    write_json(file, dict(found))
-    return dict(found)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    begun = (directory / METRICS).exists()
+    known = {**found, **before} if begun else {**before, **found}
+    if known != before:
+        write_json(file, known)
+    return known
+
+
+def time_of_start(directory: Path) -> int:
+    """When the run began, on its own clock: seconds since 2000, see `moment`; now, where it has not begun."""
+    now = int((datetime.datetime.now() - EPOCH).total_seconds())
+    return decided(directory, {BEGAN: now})[BEGAN]
+
+
+def moment(seconds: int) -> datetime.datetime:
+    """The time that `time_of_start` gave as a number."""
+    return EPOCH + datetime.timedelta(seconds=seconds)
 
 
 def note_environment(directory: Path, step: int, found: Mapping[str, str]) -> list[str]:

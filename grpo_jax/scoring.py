@@ -17,7 +17,20 @@ from grpo_jax.functions import load_function
 from grpo_jax.mesh import from_first
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rewards.call import Batch
+from grpo_jax.rewards.lookup import Reward
 from grpo_jax.types import Prompt, Rollout
+
+
+def pool_from(config: TrainConfig, functions: Sequence[str | Reward]) -> RewardPool:
+    """The reward functions of a run, as ``reward.*`` says; ``functions`` are those of ``reward.functions`` or objects."""
+    return RewardPool(
+        functions,
+        config.reward.timeout_seconds,
+        config.reward.memory_limit_mb,
+        config.reward.options,
+        TrainerState(max_steps=config.steps, max_completion_len=config.rollout.max_new_tokens),
+        config.reward.stream,
+    )
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ def test_too_long_is_counted_or_refused():
     rows = [{"prompt": "a" * n} for n in (5, 2, 6)]
     held_out = PromptSet(rows, TOKENIZER, max_prompt_len=4, name="x.jsonl")
     assert held_out.report == (
-        "x.jsonl: 2 of 3 prompts are longer than data.max_prompt_len = 4 tokens and are left out, the longest has 6"
+        "x.jsonl: 2 of 3 prompts are longer than data.max_prompt_len = 4 tokens and are left out, the longest has 6 "
+        "(rows 0, 2)"
     )
     assert PromptSet(rows, TOKENIZER, max_prompt_len=6).report == ""
     with pytest.raises(ValueError, match="2 of 3 prompts are longer than data.max_prompt_len = 4 .*the first is row 0"):
@@ -203,7 +204,8 @@ def test_a_run_gets_its_prompts_from_the_config_or_from_what_it_is_handed(tmp_pa
     prompts = training_prompts(single, TOKENIZER)
     assert draw(prompts, 4) == draw(stream(7, 3, max_prompt_len=6), 4)
     assert prompts.reports == (
-        f"{a}: 1 of 7 prompts are longer than data.max_prompt_len = 6 tokens and are left out, the longest has 7",
+        f"{a}: 1 of 7 prompts are longer than data.max_prompt_len = 6 tokens and are left out, the longest has 7 "
+        "(row 6)",
     )
     assert prompts.next()[0].columns.keys() == prompts.columns == {"answer"}
     assert {name: len(part) for name, part in held_out_prompts(single, TOKENIZER).items()} == {"eval": 1}
