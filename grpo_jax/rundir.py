@@ -130,6 +130,13 @@ def time_of_start(directory: Path) -> int:
     return decided(directory, {BEGAN: now})[BEGAN]
 
 
+def recorded_start(directory: Path) -> datetime.datetime | None:
+    """What `time_of_start` recorded; None where there is no such record."""
+    file = directory / DECIDED
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return moment(known[BEGAN]) if BEGAN in known else None
+
+
 def moment(seconds: int) -> datetime.datetime:
     """The time that `time_of_start` gave as a number."""
     return EPOCH + datetime.timedelta(seconds=seconds)

@@ -22,7 +22,12 @@ from grpo_jax.types import Prompt, Rollout
 
 
 def pool_from(config: TrainConfig, functions: Sequence[str | Reward]) -> RewardPool:
-    """The reward functions of a run, as ``reward.*`` says; ``functions`` are those of ``reward.functions`` or objects."""
+    """The reward functions of a run, as ``reward.*`` says.
+
+    Args:
+        config: of the run.
+        functions: those that ``reward.functions`` names, or objects in their place.
+    """
     return RewardPool(
         functions,
         config.reward.timeout_seconds,

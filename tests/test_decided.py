@@ -1,6 +1,7 @@
 """What a run decides from its machine: once, and the same when it goes on elsewhere."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -50,6 +51,19 @@ def test_a_decision_is_kept_once_the_run_has_begun(tmp_path: Path):
     assert rundir.decided(tmp_path, {"rollout.slots": 5}) == {"rollout.slots": 5}, "nothing was sampled yet"
     (tmp_path / rundir.METRICS).touch()
     assert rundir.decided(tmp_path, {"rollout.slots": 9}) == {"rollout.slots": 5}
+
+
+def test_a_run_has_one_time_of_start(tmp_path: Path, monkeypatch):
+    assert rundir.recorded_start(tmp_path) is None
+    early = rundir.time_of_start(tmp_path)
+    later = type("Later", (datetime,), {"now": classmethod(lambda cls: datetime(2037, 1, 2, 3, 4, 5))})
+    monkeypatch.setattr(rundir.datetime, "datetime", later)
+    assert rundir.time_of_start(tmp_path) > early, "nothing was sampled yet"
+    (tmp_path / rundir.METRICS).touch()
+    assert rundir.decided(tmp_path, {"rollout.slots": 9})["rollout.slots"] == 9
+    monkeypatch.setattr(rundir.datetime, "datetime", datetime)
+    assert rundir.moment(rundir.time_of_start(tmp_path)) == datetime(2037, 1, 2, 3, 4, 5)
+    assert rundir.recorded_start(tmp_path) == datetime(2037, 1, 2, 3, 4, 5)
 
 
 def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def written(messages: Messages, render: Render, sure: bool = False) -> str:
     lost = None if sure or not isinstance(first, str) else _left_out(texts, first, render)
     if isinstance(first, str) and lost is None:
         if any(isinstance(message.get("content"), list) for message in messages):
-            as_they_are = _tried(render, _in_parts(texts, messages))
+            as_they_are = _tried(render, _in_parts(texts, messages, strings=False))
             if isinstance(as_they_are, str) and "".join(as_they_are.split()) == "".join(first.split()):
                 return as_they_are
         return first
@@ -168,18 +168,15 @@ def _text_of(part: Any) -> str | None:
     return part["text"] if isinstance(part.get("text"), str) else None
 
 
-def _in_parts(texts: Messages, messages: Messages) -> Messages:
-    """Every text as a list of parts: those that the message came in, or one."""
+def _in_parts(texts: Messages, messages: Messages, strings: bool = True) -> Messages:
+    """Texts as lists of parts: as the messages came, where they came so; those that came as strings if ``strings``."""
     out = []
     for text, message in zip(texts, messages, strict=True):
         given = message.get("content")
-        pieces = (
-            [part if isinstance(part, str) else _text_of(part) for part in given] if isinstance(given, list) else []
-        )
+        pieces = [part if isinstance(part, str) else _text_of(part) for part in given] if isinstance(given, list) else []
         if not pieces or None in pieces:
-            pieces = [text.get("content")]
-        whole = "content" in text
-        out.append(text | {"content": [{"type": "text", "text": piece} for piece in pieces]} if whole else text)
+            pieces = [text["content"]] if strings and "content" in text else []
+        out.append(text | {"content": [{"type": "text", "text": piece} for piece in pieces]} if pieces else text)
     return out
 
 
