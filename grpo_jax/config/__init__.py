@@ -126,7 +126,7 @@ class RolloutConfig(Section):
     min_tokens: int = Field(default=0, ge=0)
     """No stop token or stop string ends a completion before it has so many tokens."""
     stop_token_ids: tuple[int, ...] | None = None
-    """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
+    """Tokens that end a completion; none: those of the tokenizer, of config.json and of generation_config.json."""
     stop_strings: tuple[str, ...] = Field(default=(), json_schema_extra=WHOLE)
     """Texts that end a completion, with the token that completes them."""
     banned_token_ids: tuple[int, ...] = ()
