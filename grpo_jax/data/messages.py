@@ -173,7 +173,8 @@ def _in_parts(texts: Messages, messages: Messages, strings: bool = True) -> Mess
     out = []
     for text, message in zip(texts, messages, strict=True):
         given = message.get("content")
-        pieces = [part if isinstance(part, str) else _text_of(part) for part in given] if isinstance(given, list) else []
+        parts = given if isinstance(given, list) else []
+        pieces = [part if isinstance(part, str) else _text_of(part) for part in parts]
         if not pieces or None in pieces:
             pieces = [text["content"]] if strings and "content" in text else []
         out.append(text | {"content": [{"type": "text", "text": piece} for piece in pieces]} if pieces else text)
