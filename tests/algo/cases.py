@@ -21,7 +21,7 @@ def few(examples):
 
 def fast(rows, chosen):
     """The rows of a table as parameters: those chosen are in the fast set, the others are marked slow."""
-    assert set(chosen) <= set(rows)
+    assert all(row in rows for row in chosen)
     return [row if row in chosen else pytest.param(row, marks=pytest.mark.slow) for row in rows]
 
 

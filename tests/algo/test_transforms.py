@@ -139,7 +139,7 @@ def test_every_public_function_is_among_the_cases():
     assert functions <= named
 
 
-FAST = {"loss gspo", "loss ppo", "loss vespo with all", "loss geo_gate packed", "loss clip_cov by key"}
+FAST = {"loss gspo", "loss vespo with all", "loss geo_gate packed", "loss clip_cov by key"}
 FAST |= {"advantages gdpo", "advantages pass_at_k", "advantages reinforce_pp", "logprobs chunked"}
 FAST |= {name for name in CASES if name.split()[0] not in ("loss", "advantages", "logprobs")}
 
