@@ -1,7 +1,7 @@
 """Where the time of the last test run went, by kind, by file and by test.
 
-    pytest && python scripts/test_durations.py
-    python scripts/test_durations.py --most 40 --only tests/rollout
+    pytest && python scripts/show_durations.py
+    python scripts/show_durations.py --most 40 --only tests/rollout
 
 A run of pytest leaves what it measured in .pytest_cache (tests/durations.py). Kinds: `compile` is XLA's compiler or
 reading a program that is kept, `trace` what JAX does before it, `process` the wait for started processes, `sleep` real
