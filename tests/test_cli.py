@@ -1,12 +1,14 @@
 """The command's words: what each kind of field takes, what lies over what, and what it says of a wrong one."""
 
+import os
+import sys
 from typing import Any
 
 import pytest
 from pydantic import Field
 
 from grpo_jax.algo import PRESETS
-from grpo_jax.cli import main, parse
+from grpo_jax.cli import in_a_line, main, parse
 from grpo_jax.config import Section, TrainConfig
 from grpo_jax.config.arguments import merge, read_command
 from grpo_jax.config.fields import ELSEWHERE, WHOLE, leaves
@@ -147,6 +149,19 @@ def test_a_table_key_by_key_after_another_value_of_it(before):
     tables = read_command(["--data.train", before, "--data.train.b.jsonl", "1"], TrainConfig).tables
     kept = {"a.jsonl": 3} if before.startswith("{") else {}
     assert tables == {"data": {"train": kept | {"b.jsonl": 1}}}
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(monkeypatch, capfd):
+    moved = []
+
+    def work():
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup2", lambda *files: moved.append(files))
+        assert in_a_line(work) == 141
+    assert capfd.readouterr() == ("", "") and [to for _, to in moved] == [sys.stdout.fileno()]
+    os.close(moved[0][0])
 
 
 def test_help_breaks_no_name_and_no_value_of_a_narrow_terminal(monkeypatch, capsys):

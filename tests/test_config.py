@@ -5,7 +5,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -131,15 +130,14 @@ def test_a_surrogates_own_field_is_taken_with_it_over_any_preset(preset):
 
 
 def test_help_shows_every_field_with_its_docstring_and_no_jax():
-    begun = time.perf_counter()
     out = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "scripts" / "train.py", "--help"],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"COLUMNS": "4000"},
+        timeout=240,
     )
-    assert time.perf_counter() - begun < 30  # a hang, not a measurement: docs/BENCHMARKS.md has the figure
     shown = " ".join(out.stdout.split())
     modules = {line.rsplit("|", 1)[-1].strip() for line in out.stderr.splitlines()}
     assert "pydantic" in modules and not modules & {"jax", "flax", "transformers", "orbax"}

@@ -137,9 +137,10 @@ def test_a_function_in_its_process_is_asked_while_others_decode(tmp_path):
 
 
 def test_an_error_while_others_decode_ends_what_is_asked():
-    cancelled = threading.Event()
+    asked, cancelled = threading.Event(), threading.Event()
 
     async def forever(completions, **columns):
+        asked.set()
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
@@ -149,7 +150,7 @@ def test_an_error_while_others_decode_ends_what_is_asked():
     class Breaks(OneByOne):
         def stream(self, *arguments, **options):
             yield from list(self.inner.stream(*arguments, **options))[:2]
-            time.sleep(0.05)
+            assert asked.wait(WAIT)
             raise KeyboardInterrupt
 
     parts, params, pool = collector([forever, "exact_match"], ("forever",), Breaks(None))
