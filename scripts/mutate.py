@@ -82,10 +82,8 @@ def problems(mutants: Sequence[Mutant]) -> list[str]:
 
 def changed(mutants: Sequence[Mutant], revision: str) -> list[Mutant]:
     """Those whose file, test or row is another than at a revision."""
-    files = {
-        *git("diff", "--name-only", revision).split("\n"),
-        *git("ls-files", "-o", "--exclude-standard").split("\n"),
-    }
+    tracked, new = git("diff", "--name-only", revision), git("ls-files", "--others", "--exclude-standard")
+    files = {*tracked.splitlines(), *new.splitlines()}
     try:
         before = set(read_table(git("show", f"{revision}:{TABLE}")))
     except (subprocess.CalledProcessError, TypeError):  # no table there, or one of other columns
@@ -193,7 +191,7 @@ def plant(mutant: Mutant, work: Path, tests: Sequence[str], *options: str) -> li
     broken = next((case for case in cases if case.end == "error" or NO_KILL.match(case.message)), None)
     failed = [case for case in cases if case.end == "failed" and case is not broken]
     if broken and not failed:
-        raise RuntimeError(f"{broken.test}: {broken.end}: {broken.message}")
+        raise RuntimeError(f"{broken.test} ended so: {broken.end}: {broken.message}")
     return sorted(failed, key=lambda case: case.seconds)
 
 
@@ -211,14 +209,18 @@ def verdict(mutant: Mutant, work: Path, find: Sequence[str] | None) -> tuple[boo
         if mutant.test and plant(mutant, work, [mutant.test], "-x"):
             return True, f"`{mutant.test}`"
     except RuntimeError as error:
-        said = f"**no verdict**: {error}"
+        said = f"**no verdict**: {one_line(error)}"
     if find is not None:
         try:
             caught = plant(mutant, work, find or near(mutant))
             said += "; caught by " + (", ".join(f"{c.test} ({c.seconds:.1f} s)" for c in caught[:8]) or "none")
         except RuntimeError as error:
-            said += f"; {error}"
+            said += f"; {one_line(error)}"
     return False, said
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[-500:]
 
 
 def try_all(mutants: Sequence[Mutant], places: Sequence[Path], find: Sequence[str] | None) -> int:
@@ -264,7 +266,7 @@ def main() -> int:
     parser.add_argument("--daily", type=int, default=0, metavar="N", help="so many more, others every day")
     parser.add_argument("--find", nargs="*", metavar="TEST", help="try these, or the tests of its part, too")
     parser.add_argument("--check", action="store_true", help="only see that each can be planted and names a test")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="mutants at a time")
     arguments = parser.parse_args()
     mutants = read_table()
     wrong = problems(mutants)

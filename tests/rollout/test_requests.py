@@ -1,5 +1,6 @@
 """What is asked of an engine and what is kept of a row, without an engine."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,7 +36,7 @@ def test_what_a_row_that_is_done_draws_is_not_kept():
     rows = Rows(jnp.zeros(4, jnp.int32), length, limit, jnp.zeros(4, bool), keys, empty.astype(jnp.int32), empty, None)
     live = jnp.array([True, False, True, True])
     drawn = jnp.array([4, 1, 5, 1], jnp.int32), jnp.full(4, -0.5), None
-    after, goes_on = _record(rows, live, drawn, jnp.array([1], jnp.int32))
+    after, goes_on = jax.jit(_record)(rows, live, drawn, jnp.array([1], jnp.int32))
     assert goes_on.tolist() == [True, False, False, False]
     assert after.stopped.tolist() == [False, False, False, True] and after.length.tolist() == [2, 2, 2, 1]
     assert after.tokens.tolist() == [[0, 4, 0], [0, 0, 0], [0, 5, 0], [1, 0, 0]]

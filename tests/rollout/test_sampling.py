@@ -231,7 +231,7 @@ def test_what_follows_the_end_is_not_seen_and_the_least_number_of_tokens_is_enou
     tokens, nothing = jnp.array([[2, 3], [4, 3]]), jnp.zeros((2, 1), jnp.int32)
     history = History(jnp.array([1, 2]), tokens, nothing, jnp.zeros(2, jnp.int32))
     rules = Sampling(presence_penalty=1.0, repetition_penalty=2.0, min_tokens=2, stop_ids=(1,))
-    got = penalize(jnp.full((2, 5), 4.0), rules, history)
+    got = jax.jit(penalize, static_argnums=1)(np.full((2, 5), 4.0, np.float32), rules, history)
     np.testing.assert_array_equal(got, [[4, -np.inf, 1, 4, 4], [4, 4, 4, 1, 1]])
 
 
