@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ FOLDERS = ("grpo_jax", "tests", "scripts", "docs", "configs")
 NO_KILL = re.compile(r"(ImportError|ModuleNotFoundError|SyntaxError|IndentationError|NameError)\b")
 """Errors of a mistake that is no plausible one, because the code can't even be loaded or read."""
 HUNG = 900
-"""Seconds after which a test has hung, which is no verdict."""
+"""Seconds for each test that is asked for, after which they have hung, which is no verdict."""
 
 
 class Mutant(NamedTuple):
@@ -86,7 +86,7 @@ def changed(mutants: Sequence[Mutant], revision: str) -> list[Mutant]:
     files = {*tracked.splitlines(), *new.splitlines()}
     try:
         before = set(read_table(git("show", f"{revision}:{TABLE}")))
-    except (subprocess.CalledProcessError, TypeError):  # no table there, or one of other columns
+    except (RuntimeError, TypeError):  # no table there, or one of other columns
         before = set()
     return [m for m in mutants if {f"grpo_jax/{m.file}", m.test.partition("::")[0]} & files or m not in before]
 
@@ -95,7 +95,7 @@ def default_revision() -> str:
     """Where this branch left origin/main; on it, or without it, the last commit before the last day's."""
     try:
         base = git("merge-base", "HEAD", "origin/main")
-    except subprocess.CalledProcessError:
+    except RuntimeError:
         base = ""
     if base and base != git("rev-parse", "HEAD"):
         return base
@@ -106,7 +106,10 @@ def default_revision() -> str:
 
 
 def git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"git {' '.join(words)} failed, and says what changed: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def of_the_day(mutants: Sequence[Mutant], count: int, day: int, but: Sequence[Mutant] = ()) -> list[Mutant]:
@@ -120,8 +123,8 @@ def make_copy(work: Path) -> Path:
     """Copy the package and its tests, and see that the copy is what gets imported."""
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ROOT.glob("*.*"):
-        if file.is_file():
+    for file in ROOT.iterdir():
+        if file.is_file() and not file.name.startswith("."):
             shutil.copy(file, work)
     command = [sys.executable, "-c", "import grpo_jax; print(grpo_jax.__file__)"]
     found = subprocess.run(command, cwd=work, env=environment(work), capture_output=True, text=True, check=True).stdout
@@ -135,7 +138,7 @@ def environment(work: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def pytest(work: Path, tests: Iterable[str], *options: str) -> list[Case]:
+def pytest(work: Path, tests: Sequence[str], *options: str) -> list[Case]:
     """Run tests against a copy; how each that ran ended.
 
     Raises:
@@ -145,10 +148,11 @@ def pytest(work: Path, tests: Iterable[str], *options: str) -> list[Case]:
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "--tb=short", *options, *tests]
     command += ["-o", "junit_family=xunit1", f"--junitxml={report}"]  # of the old kind, which says the file
+    limit = HUNG * len(tests)
     try:
-        done = subprocess.run(command, cwd=work, env=environment(work), capture_output=True, text=True, timeout=HUNG)
+        done = subprocess.run(command, cwd=work, env=environment(work), capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"hung for {HUNG} s") from error
+        raise RuntimeError(f"hung for {limit} s") from error
     if done.returncode not in (0, 1) or not report.exists():
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}")
     return [_case(node) for node in ElementTree.parse(report).iter("testcase")]
@@ -267,12 +271,19 @@ def main() -> int:
     parser.add_argument("--find", nargs="*", metavar="TEST", help="try these, or the tests of its part, too")
     parser.add_argument("--check", action="store_true", help="only see that each can be planted and names a test")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="mutants at a time")
-    arguments = parser.parse_args()
+    try:
+        return run(parser.parse_args())
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what is asked; the process's exit code."""
     mutants = read_table()
     wrong = problems(mutants)
     if wrong and arguments.find is None:
-        print("\n".join(wrong), file=sys.stderr)
-        return 1
+        raise RuntimeError("\n".join(wrong))
     mutants = choose(mutants, arguments)
     if arguments.check or not mutants:
         print(f"{len(mutants)} mutants can be planted")
