@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from learning_cases import assert_same_update, collected_for, config_for, copied, learning_for, moved
 
+from grpo_jax.learner.dials import Controllers
 from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import CompileLog
 
@@ -73,6 +74,17 @@ def test_contract_5_what_a_statistic_picks_is_of_the_whole_step_for_any_rows_and
     other.train(collected_for(plain))
     gap = [np.abs(a - b).max() for a, b in zip(moved(before, other.state), updates[0], strict=True)]
     assert max(gap) > 1e-4
+
+
+def test_an_entropy_bonus_that_is_off_goes_on_with_its_coefficient():
+    moving = {"adaptive_entropy": {"target": 1.0, "delta": 0.25}, "loss": {"entropy_coef": 0.5}}
+    controllers, again = (Controllers(config_for("grpo", algorithm=moving)) for _ in range(2))
+    controllers.advance({"entropy": 3.0}, 16)
+    assert float(controllers.dials.entropy_coef) == 0  # above the target
+    again.restore(json.loads(json.dumps(controllers.state())))
+    for each in (controllers, again):
+        each.advance({"entropy": 0.5}, 16)
+        assert float(each.dials.entropy_coef) == 0.5  # a step down, and one up again
 
 
 def test_coefficients_and_the_reference_move_resume_exactly_and_compile_nothing():

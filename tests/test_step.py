@@ -141,6 +141,15 @@ def test_contract_1_each_row_kind_gives_the_samplers_logp(tiny, rollout, kind):
     assert (logp[~batch.mask] == 0).all()
 
 
+def test_log_probabilities_are_of_the_distribution_that_is_sampled(tiny, rollout):
+    model, params = tiny
+    batch = batch_for(rollout)
+    logp = replace(learner_for(model, loss_of("dapo")), temperature=0.5).logprobs(params, batch)
+    tempered = jax.nn.log_softmax(model.logits(params, batch.tokens) / 0.5)[:, :-1]
+    expected = np.take_along_axis(np.asarray(tempered), batch.tokens[:, 1:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(logp[:, 1:], np.where(batch.mask[:, 1:], expected, 0), atol=1e-5)
+
+
 def test_training_on_the_sampling_weights_needs_no_old_logp(tiny, rollout):
     model, params = tiny
     learner = learner_for(model, loss_of("dapo"), optim=None)

@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.special import log_softmax
 
 from grpo_jax.rollout.sampling import History, Sampling, invert_cdf, row_keys, sample, split_ids, uniforms
-from grpo_jax.rollout.truncation import truncate
+from grpo_jax.rollout.truncation import penalize, truncate
 
 LAST = 1.0 - 2.0**-24
 INVERT, SAMPLE, UNIFORMS = jax.jit(invert_cdf), jax.jit(sample, static_argnums=2), jax.jit(uniforms)
@@ -225,6 +225,14 @@ def test_refuses_what_leaves_nothing_to_draw(options, message):
     Sampling().check(7)
     with pytest.raises(ValueError, match=message):
         Sampling(**options).check(7)
+
+
+def test_what_follows_the_end_is_not_seen_and_the_least_number_of_tokens_is_enough():
+    tokens, nothing = jnp.array([[2, 3], [4, 3]]), jnp.zeros((2, 1), jnp.int32)
+    history = History(jnp.array([1, 2]), tokens, nothing, jnp.zeros(2, jnp.int32))
+    rules = Sampling(presence_penalty=1.0, repetition_penalty=2.0, min_tokens=2, stop_ids=(1,))
+    got = jax.jit(penalize, static_argnums=1)(np.full((2, 5), 4.0, np.float32), rules, history)
+    np.testing.assert_array_equal(got, [[4, -np.inf, 1, 4, 4], [4, 4, 4, 1, 1]])
 
 
 def test_penalties_without_a_history_are_refused():
