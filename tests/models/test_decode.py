@@ -85,7 +85,7 @@ def test_every_position_equals_the_full_forward(setup):
     assert difference.mean() < 1e-5 and difference.max() < 1e-4
 
 
-@pytest.mark.parametrize("family", slow_but(FAMILY_CASES.keys() - {"mistral", "mixtral"}, FAMILY_CASES))
+@pytest.mark.parametrize("family", FAMILY_CASES)
 def test_every_position_of_each_family_equals_the_full_forward(family):
     """Across the edge of the windows, too: the texts are longer than they are."""
     depth = 2 if family in ("gemma2", "gemma3", "smollm3", "qwen3_moe") else 1  # two kinds of layers, or one
