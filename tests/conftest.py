@@ -9,6 +9,7 @@ import gc
 import mmap
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,11 +63,22 @@ def _programs_are_given_back() -> Iterator[None]:
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
         import jax
 
-        from grpo_jax.rollout.engine import PROGRAMS
-
-        PROGRAMS.clear()
+        if "grpo_jax.rollout.engine" in sys.modules:
+            sys.modules["grpo_jax.rollout.engine"].PROGRAMS.clear()
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """Let the runs of a file have one device, where eight would only be compiled for longer."""
+    import jax
+
+    from grpo_jax.mesh import make_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_jax.trainer.make_mesh", lambda *sizes: make_mesh(*sizes, devices=jax.devices()[:1]))
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -223,6 +223,7 @@ class Kill(Callback):
             raise InterruptedError("killed")
 
 
+@pytest.mark.slow
 def test_a_ppo_run_that_died_ends_bitwise_as_one_that_did_not(tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1)
     rows = [{"prompt": f"{a}+{b}="} for a in range(5) for b in range(2)]

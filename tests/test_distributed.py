@@ -76,6 +76,7 @@ def start_two(place: Path, output: str) -> list[subprocess.Popen[str]]:
     return [start(place, 4, *shared, "--mesh.process_id", str(i)) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_contract_12_two_processes_of_four_devices_train_as_one_of_eight(place):
     processes = [*start_two(place, "two"), start(place, 8, "--output_dir", "one")]
     said = [process.communicate(timeout=240)[0] for process in processes]

@@ -108,6 +108,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert first[key] == second[key]
 
 
+@pytest.mark.slow
 def test_contract_9_a_run_killed_twice_ends_bitwise_as_one_that_was_not(place, whole):
     for step in (1, 4):
         process = start(place, "killed")
@@ -120,6 +121,7 @@ def test_contract_9_a_run_killed_twice_ends_bitwise_as_one_that_was_not(place, w
     assert_same_run(whole, place / "killed")
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_changes_nothing(place, whole):
     before = untimed(whole / "metrics.jsonl"), (whole / "hf" / "model.safetensors").read_bytes()
     said = finish(start(place, "whole"))

@@ -184,8 +184,8 @@ class Listener(Callback):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+def checkpoint(tmp_path_factory, one_device):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
 
 
 def warnings_of(checkpoint, output_dir, reward, **tables: Any) -> list[str]:
@@ -218,6 +218,7 @@ def nothing(prompts, completions, completion_ids, **columns):
     return [None] * len(completions)
 
 
+@pytest.mark.slow
 def test_a_real_run_whose_rewards_are_all_zero_says_so(checkpoint, tmp_path):
     (warning,) = warnings_of(checkpoint, tmp_path / "run", wrong)
     assert "100% of the groups of the last 3 steps" in warning and "every reward was 0" in warning
@@ -286,7 +287,7 @@ def test_a_real_run_ends_early_and_saves_what_it_has(checkpoint, tmp_path):
         "steps": 5,
         "output_dir": str(tmp_path),
         "data": {"eval": "given"},
-        "rollout": {"prompts_per_step": 2, "num_samples": 4, "max_new_tokens": 4},
+        "rollout": {"prompts_per_step": 8, "num_samples": 4, "max_new_tokens": 6},
         "eval": {"every": 1, "stop": {"patience": 1}},
         "checkpoint": {"every": None},
         "log": {"quiet": True, "report": False},

@@ -121,7 +121,7 @@ def test_a_group_is_shown_side_by_side_with_all_of_its_figures(opened, tmp_path)
 
 
 @needs_chromium
-@pytest.mark.parametrize("count", [1000, 100_000])
+@pytest.mark.parametrize("count", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_sorting_paging_filtering_and_search(browser, opened, tmp_path, count):
     directory = write_run(tmp_path / "run", steps=2)
     write_many_completions(directory / rundir.COMPLETIONS, count, tokens=10 if count > 1000 else 60)
