@@ -24,8 +24,6 @@ from grpo_jax.types import Params, TrainState
 
 DELETED, DAMAGED = ".deleted", ".damaged"
 """What follows the name of a directory that is being deleted, or that is kept to be looked at and never read."""
-_NUMBERS = count()
-"""Tells the talks between processes apart; every process counts the same."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class CheckpointStore:
             ValueError: every step is damaged.
         """
         faults: dict[int, str] = {}
-        steps = json.loads(text_of_first(f"steps/{next(_NUMBERS)}", json.dumps(self.steps())))
+        steps = json.loads(text_of_first("steps", json.dumps(self.steps())))
         for step in reversed(steps):
             wrong = self.fault(step)
             if wrong is None:
@@ -136,7 +134,7 @@ class CheckpointStore:
         record = json.loads(json.dumps(record))
         items = {"state": ocp.args.StandardSave(_plain(state)), "record": ocp.args.JsonSave(record)}
         self._writer.save(self._root / str(step), ocp.args.Composite(**items))
-        self._finisher = threading.Thread(target=self._finish, args=(step, next(_NUMBERS)), daemon=True)
+        self._finisher = threading.Thread(target=self._finish, args=(step,), daemon=True)
         self._finisher.start()
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -168,7 +166,7 @@ class CheckpointStore:
         wait_for_all("reference deleted")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self._reference, _plain(params))
-        _seal(self._reference, "reference", next(_NUMBERS))
+        _seal(self._reference, "reference")
         wait_for_all("reference sealed")
 
     def check_reference(self) -> tuple[str, ...]:
@@ -206,6 +204,11 @@ class CheckpointStore:
         if self._failed:
             raise self._failed.pop()
 
+    def settle(self, seconds: float) -> None:
+        """Wait so long, at most, for what is being written; what became of it is not said."""
+        if self._finisher is not None:
+            self._finisher.join(seconds)
+
     def close(self) -> None:
         """Wait for what is being written."""
         try:
@@ -213,11 +216,11 @@ class CheckpointStore:
         finally:
             self._writer.close()
 
-    def _finish(self, step: int, number: int) -> None:
+    def _finish(self, step: int) -> None:
         """What follows the copy of the arrays, in a thread of its own."""
         try:
             self._writer.wait_until_finished()
-            _seal(self._root / str(step), str(step), number)
+            _seal(self._root / str(step), str(step))
             if is_first() and self._keep is not None:
                 for old in self.steps()[: -self._keep]:
                     _delete(self._root / str(old))
@@ -225,23 +228,22 @@ class CheckpointStore:
             self._failed.append(error)
 
 
-def _seal(place: Path, label: str, number: int) -> None:
+def _seal(place: Path, label: str) -> None:
     """Write the manifest from what each host has read of its share of the files; the first process writes it."""
     mine = manifest.digests(place, jax.process_index(), jax.process_count())
-    parts = texts_of_all(f"digests/{number}", json.dumps(mine))
+    parts = texts_of_all("digests", json.dumps(mine))
     if parts is not None:
         manifest.seal(place, label, {name: digest for part in parts for name, digest in json.loads(part).items()})
 
 
 def _fault(place: Path, label: str) -> str | None:
     """What is wrong by what any host has seen in its share of the files, told to all by the first."""
-    number = next(_NUMBERS)
     try:
         mine = manifest.fault(place, label, jax.process_index(), jax.process_count())
     except NoManifestError:
         mine = manifest.ABSENT
-    seen = texts_of_all(f"faults/{number}", mine or "") or []
-    return text_of_first(f"fault/{number}", next((wrong for wrong in seen if wrong), "")) or None
+    seen = texts_of_all("faults", mine or "") or []
+    return text_of_first("fault", next((wrong for wrong in seen if wrong), "")) or None
 
 
 def _delete(place: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax import rundir
+from grpo_jax import inputs, rundir
 from grpo_jax.batching import Layout
+from grpo_jax.beginning import begin, open_lines
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
 from grpo_jax.callbacks.table import build
-from grpo_jax.checkpoint import CheckpointStore, Found
+from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected, Collector
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import (
@@ -32,17 +33,16 @@ from grpo_jax.learner.learning import Learning, adapted, layout_of
 from grpo_jax.mesh import anywhere, from_first, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,
-    JsonLines,
     Phases,
     TokenTexts,
     completion_rows,
     keep_compiled,
     peak_memory,
-    read_json_lines,
     reward_metrics,
     rollout_metrics,
 )
 from grpo_jax.models import Model, View, load_model, save_hf
+from grpo_jax.peers import Peers
 from grpo_jax.preflight import check_model, report, require_devices, room_for_cache, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import engine_from, sampling_from
@@ -114,8 +114,12 @@ class Trainer:
             ValueError: whatever a user can mend, before the first compile where it can be known by then.
         """
         begun = time.perf_counter()
-        _configure_jax(self.config)
-        with ExitStack() as parts:
+        mesh = self.config.mesh
+        if mesh.distributed:
+            initialize_distributed(mesh.coordinator, mesh.process_count, mesh.process_id)
+        with Peers(Path(self.config.output_dir or "")) as peers, ExitStack() as parts:
+            require_devices(mesh.platform)
+            keep_compiled(self.config.compilation_cache)
             opened = rundir.open_run(self.config, self._name) if is_first() else None
             if opened is not None:
                 parts.callback(opened.lock.close)
@@ -126,6 +130,7 @@ class Trainer:
             watchers = parts.enter_context(_Watchers(self.config, directory, self._callbacks))
             run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun, opened)
             parts.callback(run.close)
+            peers.before_leaving(run.store.settle)
             return run.loop()
 
 
@@ -154,6 +159,10 @@ class _Watchers:
     def warn(self, text: str) -> None:
         for callback in self._all:
             callback.on_warning(text)
+
+    def state(self) -> dict[str, Any]:
+        states = {type(callback).__name__: callback.state() for callback in self._all}
+        return {name: state for name, state in states.items() if state is not None}
 
     def end(self, summary: dict[str, Any]) -> None:
         for callback in self._all:
@@ -209,7 +218,7 @@ class _Run:
             )
         self.facts += [*prompts.reports, *(each.report for each in sets.values() if each.report)]
         self.learning = Learning(config, self.model, params, layout, self.phases)
-        self._start()
+        self._start(inputs.digests(config, self.source, prompts, sets, stops))
 
     def _slots(self, layout: Layout, prompt_len: int) -> int:
         """Rows that decode at once: decided from the device's memory once in a run."""
@@ -219,43 +228,21 @@ class _Run:
             found = rundir.decided(self.directory, found)
         return int(from_first(np.asarray(found["rollout.slots"])))
 
-    def _start(self) -> None:
-        """From the newest checkpoint, or from the model; the reference is where the run started from."""
+    def _start(self, given: dict[str, str]) -> None:
+        """From the newest sound checkpoint, or from the model; ``given`` are digests of the inputs."""
         self.store = CheckpointStore(self.directory, self.config.checkpoint.keep)
-        self.record: dict[str, Any] = {"step": 0, "seconds": 0.0, "phases": {}, "accuracy": []}
-        self.store.tidy()
-        found = self.store.newest_sound()
-        self.warnings += found.lines()
-        if found.step is None:
-            self.learning.keep_reference(self.store)
-        else:
-            self._go_on(found)
-        below = None if found.step is None else found.step + 1
-        nowhere = None if is_first() else Path(os.devnull)
-        metrics, completions = (nowhere or self.directory / name for name in (rundir.METRICS, rundir.COMPLETIONS))
-        self.metrics, self.completions = JsonLines(metrics, below), JsonLines(completions, below)
-        for file, lines in ((metrics, self.metrics), (completions, self.completions)):
-            if lines.damaged:
-                self.warnings.append(
-                    f"{file}: line {', '.join(map(str, lines.damaged[:6]))} cannot be read; moved to {file}.damaged"
-                )
-        history = () if found.step is None or nowhere else tuple(read_json_lines(metrics))
+        beginning = begin(self.store, self.learning, self.collector, given)
+        self.record = beginning.record
         start = self.record["step"]
-        facts = tuple(self.facts)
-        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history)
-        self.ended = self.watchers.start(run)
-        for text in self.warnings:
-            self.watchers.warn(text)
-
-    def _go_on(self, found: Found) -> None:
-        """From a checkpoint; what is newer and not sound is put aside, so that its step can be saved again."""
-        assert found.step is not None
-        self.warnings += self.learning.check_reference(self.store)
-        self.record = self.learning.restore(self.store, found.step)
-        self.collector.restore(self.record["collector"])
         self.phases.total.update(self.record["phases"])
-        self.store.set_aside(found.passed_over)
-        self.facts.append(f"going on from step {found.step} in {self.directory}")
+        if beginning.resumed:
+            self.facts.append(f"going on from step {start} in {self.directory}")
+        self.metrics, self.completions, history = open_lines(self.directory, beginning)
+        states, facts = self.record.get("callbacks", {}), tuple(self.facts)
+        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history, states)
+        self.ended = self.watchers.start(run)
+        for text in [*self.warnings, *beginning.warnings]:
+            self.watchers.warn(text)
 
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""
@@ -333,6 +320,7 @@ class _Run:
             return
         with self.phases("checkpoint"):
             self.record |= {"step": step, "collector": self.collector.state(), "phases": dict(self.phases.total)}
+            self.record["callbacks"] = self.watchers.state()
             self.learning.save(self.store, step, self.record | {"seconds": self.elapsed()})
 
     def finish(self) -> dict[str, Any]:
@@ -404,13 +392,6 @@ def _check_arguments(model: Any, reward_funcs: Any, train_dataset: Any, config: 
 
 def _agreed(decision: bool) -> bool:
     return bool(from_first(np.asarray(decision)))
-
-
-def _configure_jax(config: TrainConfig) -> None:
-    if config.mesh.distributed:
-        initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
-    require_devices(config.mesh.platform)
-    keep_compiled(config.compilation_cache)
 
 
 def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:
