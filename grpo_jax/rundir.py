@@ -18,6 +18,7 @@ from typing import Any
 
 from grpo_jax.config import CheckpointConfig, EvalConfig, LogConfig, MeshConfig, TrainConfig
 from grpo_jax.lock import LOCK, Lock
+from grpo_jax.manifest import MANIFEST
 
 CONFIG, SUMMARY, METRICS, COMPLETIONS = "config.toml", "summary.json", "metrics.jsonl", "completions.jsonl"
 CHECKPOINTS, ENVIRONMENT, DECIDED, WARNINGS = "checkpoints", "environment.json", "decided.json", "warnings.jsonl"
@@ -179,15 +180,21 @@ def _put_aside(directory: Path) -> Path | None:
     return kept
 
 
-def newest_checkpoint(directory: Path) -> int | None:
-    """Step of the newest complete checkpoint; one that is being written has no number for its name yet."""
-    steps = [int(place.name) for place in (directory / CHECKPOINTS).glob("*") if place.name.isdecimal()]
+def newest_checkpoint(directory: Path, sealed: bool = False) -> int | None:
+    """Step of the newest checkpoint by its name, or of those whose manifest is written.
+
+    Args:
+        directory: of the run.
+        sealed: count those alone.
+    """
+    places = [place for place in (directory / CHECKPOINTS).glob("*") if place.name.isdecimal()]
+    steps = [int(place.name) for place in places if not sealed or (place / MANIFEST).exists()]
     return max(steps, default=None)
 
 
 def what_is_safe(directory: Path) -> str | None:
     """What an error left of a run, in words; None where it had trained on nothing."""
-    metrics, step = directory / METRICS, newest_checkpoint(directory)
+    metrics, step = directory / METRICS, newest_checkpoint(directory, sealed=True)
     if step is None:
         written = metrics.is_file() and metrics.stat().st_size > 0
         return f"the record is safe in {directory}; there is no checkpoint yet" if written else None
