@@ -22,7 +22,7 @@ class Service:
         """Start it; the arguments are those of jaxlib's function.
 
         Raises:
-            RuntimeError: it cannot be started, with what it said.
+            ValueError: it cannot be started, with what it said.
         """
         words = [address, str(count), str(timeouts["heartbeat_timeout"]), str(timeouts["shutdown_timeout"])]
         self._process = subprocess.Popen(
@@ -35,7 +35,10 @@ class Service:
         assert self._process.stdout is not None
         said = self._process.stdout.readline()
         if said != READY:
-            raise RuntimeError(f"the service of the processes did not start: {said.decode(errors='replace').strip()}")
+            raise ValueError(
+                f"mesh.coordinator: the service of the processes does not start at {address} "
+                f"({said.decode(errors='replace').strip() or 'it ended at once'}); name another port"
+            )
 
     def shutdown(self) -> None:
         """End it; all processes have left."""

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -69,12 +70,16 @@ class Peers:
         with self._leaving:
             self._over.set()
         said = json.dumps({"host": socket.gethostname(), "text": _in_a_line(error)})
-        self._client.key_value_set(f"grpo_jax/failed/{self._me}", said)
         patience = time.monotonic() + PARTING
-        while len(self._client.key_value_dir_get("grpo_jax/gone/")) < self._count - 1 and time.monotonic() < patience:
-            time.sleep(BEAT / 4)
+        with suppress(jax.errors.JaxRuntimeError):  # nobody is left to be told
+            self._client.key_value_set(f"grpo_jax/failed/{self._me}", said)
+            while self._left() < self._count - 1 and time.monotonic() < patience:
+                time.sleep(BEAT / 4)
         # At its exit jax would wait for processes that are gone, and then abort.
         atexit.register(_exit, 130 if isinstance(error, KeyboardInterrupt) else 1 + _is_request(error))
+
+    def _left(self) -> int:
+        return len(self._client.key_value_dir_get("grpo_jax/gone/"))
 
     def _watch(self) -> None:
         life = _Life(self._me)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax import coordinator
 from grpo_jax.peers import SILENT, _Life
 
 ROOT = Path(__file__).parent.parent
@@ -92,3 +93,14 @@ def test_a_process_is_dead_after_so_many_looks_without_a_new_sign_however_long_t
     life = _Life(me=0)
     assert [life.missed({0: "x", 1: str(n), 2: "done"}) for n in range(SILENT)] == [None] * SILENT
     assert life.missed({0: "x", 1: "new", 2: "done"}) == 2, "itself it never misses"
+
+
+def test_an_address_that_is_taken_is_said_in_a_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=rf"^mesh.coordinator: the service .* at 127.0.0.1:{port} \(.*another port$"
+        ):
+            coordinator.Service(f"127.0.0.1:{port}", 1, heartbeat_timeout=10, shutdown_timeout=10)

@@ -130,7 +130,7 @@ class PromptStream:
         self._row_count = int(starts[-1])
         self._parts = [_Part(part, int(starts[n]), seed, n, shuffle) for n, part in enumerate(sets)]
         self._kept = {start + p.request_id: p for start, part in zip(starts, sets, strict=False) for p in part.prompts}
-        self._digests = [part.digest() for part in sets]
+        self._sets = tuple(sets)
         self._choices = _Choices(seed, weights)
         self._count = prompts_per_step
         self._cursor = 0
@@ -149,11 +149,8 @@ class PromptStream:
 
     def digest(self) -> str:
         """SHA-256 of what the prompts of all datasets say."""
-        return (
-            self._digests[0]
-            if len(self._digests) == 1
-            else hashlib.sha256(" ".join(self._digests).encode()).hexdigest()
-        )
+        each = [part.digest() for part in self._sets]
+        return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
     def next(self, count: int | None = None) -> list[Prompt]:
         """The next ``count`` prompts; None is ``prompts_per_step``."""
