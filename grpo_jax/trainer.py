@@ -3,14 +3,15 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grpo_jax import rundir
+from grpo_jax import inputs, rundir
 from grpo_jax.batching import Layout
+from grpo_jax.beginning import begin, open_lines
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
 from grpo_jax.callbacks.table import build
 from grpo_jax.checkpoint import CheckpointStore
@@ -32,17 +33,16 @@ from grpo_jax.learner.learning import Learning, adapted, layout_of
 from grpo_jax.mesh import anywhere, from_first, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,
-    JsonLines,
     Phases,
     TokenTexts,
     completion_rows,
     keep_compiled,
     peak_memory,
-    read_json_lines,
     reward_metrics,
     rollout_metrics,
 )
 from grpo_jax.models import Model, View, load_model, save_hf
+from grpo_jax.peers import Peers
 from grpo_jax.preflight import check_model, report, require_devices, room_for_cache, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import engine_from, sampling_from
@@ -114,18 +114,24 @@ class Trainer:
             ValueError: whatever a user can mend, before the first compile where it can be known by then.
         """
         begun = time.perf_counter()
-        _configure_jax(self.config)
-        directory = Path(self.config.output_dir or "")
-        if is_first():
-            directory = rundir.open_run(self.config, self._name)
-        wait_for_all("run directory")
-        rewards = _reward_pool(self.config, self._rewards) if is_first() else nullcontext()
-        with CompileLog() as compiles, rewards as pool, _Watchers(self.config, directory, self._callbacks) as watchers:
-            run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun)
-            try:
-                return run.loop()
-            finally:
-                run.close()
+        mesh = self.config.mesh
+        if mesh.distributed:
+            initialize_distributed(mesh.coordinator, mesh.process_count, mesh.process_id)
+        with Peers(Path(self.config.output_dir or "")) as peers, ExitStack() as parts:
+            require_devices(mesh.platform)
+            keep_compiled(self.config.compilation_cache)
+            opened = rundir.open_run(self.config, self._name) if is_first() else None
+            if opened is not None:
+                parts.callback(opened.lock.close)
+            wait_for_all("run directory")
+            directory = opened.directory if opened else Path(self.config.output_dir or "")
+            compiles = parts.enter_context(CompileLog())
+            pool = parts.enter_context(_reward_pool(self.config, self._rewards)) if is_first() else None
+            watchers = parts.enter_context(_Watchers(self.config, directory, self._callbacks))
+            run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun, opened)
+            parts.callback(run.close)
+            peers.before_leaving(run.store.settle)
+            return run.loop()
 
 
 class _Watchers:
@@ -154,6 +160,10 @@ class _Watchers:
         for callback in self._all:
             callback.on_warning(text)
 
+    def state(self) -> dict[str, Any]:
+        states = {type(callback).__name__: callback.state() for callback in self._all}
+        return {name: state for name, state in states.items() if state is not None}
+
     def end(self, summary: dict[str, Any]) -> None:
         for callback in self._all:
             callback.on_end(summary)
@@ -172,6 +182,7 @@ class _Run:
         watchers: _Watchers,
         compiles: CompileLog,
         begun: float,
+        opened: rundir.Opened | None,
     ):
         self.config, self.directory, self.watchers = config, directory, watchers
         self.compiles, self.begun, self.phases = compiles, begun, Phases()
@@ -198,7 +209,8 @@ class _Run:
                 pool.check_columns(part.columns)
         self.collector = Collector(prompts, engine, scorer, sampling, config, self.phases)
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
-        self.facts = [report(self.model, config, layout, prompt_len)]
+        self.facts = [*(opened.facts if opened else ()), report(self.model, config, layout, prompt_len)]
+        self.warnings = list(opened.warnings if opened else ())
         if len(prompts) < config.rollout.prompts_per_step:
             self.facts.append(
                 f"rollout.prompts_per_step: got {config.rollout.prompts_per_step} with {len(prompts)} prompts to draw "
@@ -206,7 +218,7 @@ class _Run:
             )
         self.facts += [*prompts.reports, *(each.report for each in sets.values() if each.report)]
         self.learning = Learning(config, self.model, params, layout, self.phases)
-        self._start()
+        self._start(inputs.digests(config, self.source, prompts, sets, stops))
 
     def _slots(self, layout: Layout, prompt_len: int) -> int:
         """Rows that decode at once: decided from the device's memory once in a run."""
@@ -216,29 +228,21 @@ class _Run:
             found = rundir.decided(self.directory, found)
         return int(from_first(np.asarray(found["rollout.slots"])))
 
-    def _start(self) -> None:
-        """From the newest checkpoint, or from the model; the reference is where the run started from."""
+    def _start(self, given: dict[str, str]) -> None:
+        """From the newest sound checkpoint, or from the model; ``given`` are digests of the inputs."""
         self.store = CheckpointStore(self.directory, self.config.checkpoint.keep)
-        self.learning.keep_reference(self.store)
-        self.record: dict[str, Any] = {"step": 0, "seconds": 0.0, "phases": {}, "accuracy": []}
-        newest = self.store.latest()
-        if newest is not None:
-            self.record = self.learning.restore(self.store, newest)
-            self.collector.restore(self.record["collector"])
-            self.phases.total.update(self.record["phases"])
-            self.facts.append(f"going on from step {newest} in {self.directory}")
-        below = None if newest is None else newest + 1
-        nowhere = None if is_first() else Path(os.devnull)
-        metrics = nowhere or self.directory / rundir.METRICS
-        if newest is None and metrics.is_file() and metrics.stat().st_size:
-            self.facts.append(f"no checkpoint yet in {self.directory}: begins anew, what was recorded is replaced")
-        self.metrics = JsonLines(metrics, below)
-        self.completions = JsonLines(nowhere or self.directory / rundir.COMPLETIONS, below)
-        history = () if newest is None or nowhere else tuple(read_json_lines(metrics))
+        beginning = begin(self.store, self.learning, self.collector, given)
+        self.record = beginning.record
         start = self.record["step"]
-        facts = tuple(self.facts)
-        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history)
+        self.phases.total.update(self.record["phases"])
+        if beginning.resumed:
+            self.facts.append(f"going on from step {start} in {self.directory}")
+        self.metrics, self.completions, history = open_lines(self.directory, beginning)
+        states, facts = self.record.get("callbacks", {}), tuple(self.facts)
+        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history, states)
         self.ended = self.watchers.start(run)
+        for text in [*self.warnings, *beginning.warnings]:
+            self.watchers.warn(text)
 
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""
@@ -316,6 +320,7 @@ class _Run:
             return
         with self.phases("checkpoint"):
             self.record |= {"step": step, "collector": self.collector.state(), "phases": dict(self.phases.total)}
+            self.record["callbacks"] = self.watchers.state()
             self.learning.save(self.store, step, self.record | {"seconds": self.elapsed()})
 
     def finish(self) -> dict[str, Any]:
@@ -387,13 +392,6 @@ def _check_arguments(model: Any, reward_funcs: Any, train_dataset: Any, config: 
 
 def _agreed(decision: bool) -> bool:
     return bool(from_first(np.asarray(decision)))
-
-
-def _configure_jax(config: TrainConfig) -> None:
-    if config.mesh.distributed:
-        initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
-    require_devices(config.mesh.platform)
-    keep_compiled(config.compilation_cache)
 
 
 def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:

@@ -26,6 +26,7 @@ class Run:
         start: the step it goes on from; 0 for a new run.
         facts: lines worth telling: device, memory, shapes, prompts left out.
         history: rows of metrics.jsonl up to ``start``, those of evaluations among them; empty for a new run.
+        states: what `Callback.state` gave at ``start``, by the name of the class.
     """
 
     config: TrainConfig
@@ -35,6 +36,7 @@ class Run:
     start: int = 0
     facts: tuple[str, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
+    states: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class Callback:
 
     def on_warning(self, text: str) -> None:
         """The run has something to warn of, such as a reward function that failed."""
+
+    def state(self) -> Any:
+        """What it must know to go on from here, JSON values only; a checkpoint keeps it. None: nothing."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """After the export, with what summary.json holds."""

@@ -275,8 +275,13 @@ class Health(Callback):
     def on_start(self, run: Run) -> None:
         """Take up what an earlier part of the run has shown."""
         self._run = run
+        self._warned |= set(run.states.get(type(self).__name__, ()))
         for row in run.history:
             self._remember(row)
+
+    def state(self) -> list[str]:
+        """Checks that have warned, and will not again."""
+        return sorted(self._warned)
 
     def on_step(self, step: Step) -> None:
         """Make every check that has enough steps and was silent so far."""

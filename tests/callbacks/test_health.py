@@ -300,3 +300,17 @@ def test_a_real_run_ends_early_and_saves_what_it_has(checkpoint, tmp_path):
 def test_early_stopping_on_a_figure_that_is_not_there_names_the_nearest():
     with pytest.raises(ValueError, match=r"eval.stop.metric: got 'eval/acuracy', .* did you mean eval/accuracy\?"):
         EarlyStopping(StopConfig(metric="eval/acuracy", patience=1)).on_eval(Evaluation(0, {"eval/accuracy": 0.5}))
+
+
+def test_what_was_warned_of_before_a_run_was_resumed_is_not_said_again():
+    said, config, sick = list[str](), TrainConfig(), [step(i, stopped=False) for i in range(8)]
+    health = Health(config, said.append)
+    health.on_start(Run(config, None, TOKENIZER, ("f0",)))
+    for each in sick[:4]:
+        health.on_step(each)
+    assert len(said) == 1 and health.state() == ["never_stops"]
+    again = Health(config, said.append)
+    again.on_start(Run(config, None, TOKENIZER, ("f0",), 4, states={"Health": health.state()}))
+    for each in sick[4:]:
+        again.on_step(each)
+    assert len(said) == 1
