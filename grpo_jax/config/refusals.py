@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isqrt
 from typing import TYPE_CHECKING
 
 from grpo_jax.config.learning import AlgorithmConfig, CriticConfig
@@ -313,7 +314,8 @@ def _changed(config: TrainConfig, table: str, name: str) -> bool:
 
 def _nearest_that_divide(parts: int, whole: int) -> str:
     """The divisors nearest to ``parts``, or the nearest wholes that it divides."""
-    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+    below_root = [n for n in range(1, isqrt(whole) + 1) if whole % n == 0]
+    divisors = sorted({*below_root, *(whole // n for n in below_root)})
     near = [max((n for n in divisors if n < parts), default=1), *[n for n in divisors if n > parts][:1]]
     wholes = [n for n in (whole // parts * parts, (whole // parts + 1) * parts) if n]
     return f"{' or '.join(map(str, near))}, or {' or '.join(map(str, wholes))} prompts"
