@@ -100,6 +100,7 @@ def test_command_line_over_file_over_preset(tmp_path):
         ({"algorithm": {"preset": "gdpo", "reward_clip": 1.0}}, "algorithm.reward_clip"),
         ({"algorithm": {"overlong_buffer_len": 8}}, "algorithm.overlong_buffer_len"),
         ({"algorithm": {"preset": "dapo", "adaptive_kl": {"target": 1.0}}}, "algorithm.adaptive_kl.target"),
+        ({"algorithm": {"adaptive_kl": {"target": 1.0, "horizon": 51.2}}}, "algorithm.adaptive_kl.horizon"),
         ({"algorithm": {"adaptive_entropy": {"target": 1.0, "low": 0.1}}}, "algorithm.adaptive_entropy"),
         ({"algorithm": {"preset": "dapo", "reference_follow": {"every": 8}}}, "algorithm.reference_follow.every"),
         ({"algorithm": {"soft_overlong": True}, "reward": {"functions": ["soft_overlong"]}}, "algorithm.soft_overlong"),

@@ -57,7 +57,8 @@ class ModelConfig(Section):
     dtype: Dtype = "float32"
     """Type of the computation."""
     param_dtype: Dtype = "float32"
-    """Type of the parameters that the optimizer updates."""
+    """Type of the parameters that the optimizer updates, and of its moments; bfloat16 is rounded at random, so that
+    small updates add up."""
     matmul_precision: Literal["default", "high", "highest"] | None = None
     """Precision of every matrix product; none: highest for float32, default for bfloat16."""
     remat: Literal["full", "attention"] | None = None

@@ -238,6 +238,7 @@ def _moving(config: TrainConfig) -> list[Refusal]:
     algorithm, loss = config.algorithm, config.loss
     without = "and algorithm.loss.kl_coef is 0, so that there is no reference model. Give kl_coef a value"
     entropy = algorithm.adaptive_entropy
+    completions = config.rollout.prompts_per_step * config.rollout.num_samples
     return [
         (
             "algorithm.loss.kl_in_reward",
@@ -254,6 +255,12 @@ def _moving(config: TrainConfig) -> list[Refusal]:
             "algorithm.adaptive_kl.target",
             algorithm.adaptive_kl.target is not None and loss.kl_coef == 0,
             f"is the KL that kl_coef is steered by, {without} to start from.",
+        ),
+        (
+            "algorithm.adaptive_kl.horizon",
+            algorithm.adaptive_kl.target is not None and algorithm.adaptive_kl.horizon <= completions / 5,
+            f"got {algorithm.adaptive_kl.horizon:g} with {completions} completions a step, so that one step could take "
+            f"more than all of the coefficient away. Choose more than {completions / 5:g}.",
         ),
         (
             "algorithm.adaptive_entropy",
