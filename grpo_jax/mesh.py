@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -28,6 +29,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 GATHERED_RULES: Mapping[str, tuple[str, ...]] = {name: axes for name, axes in RULES.items() if name != "embed"}
 """Weights where they are used: gathered over ``fsdp``, still cut over ``tensor`` and ``expert``."""
+
+PATIENCE_MS = 3_600_000
+"""How long a process waits for another's text while both live: reading a large checkpoint takes a while."""
 
 
 def make_mesh(
@@ -135,6 +139,40 @@ def wait_for_all(name: str) -> None:
     """Until every process has come to this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def texts_of_all(name: str, text: str) -> list[str] | None:
+    """The texts of all processes, in their order, on the first one; None on the others.
+
+    No device takes part, so a thread may call it beside a step. ``name`` must be one that no earlier call had.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client = _client()
+    if not is_first():
+        client.key_value_set(f"grpo_jax/{name}/{jax.process_index()}", text)
+        return None
+    keys = [f"grpo_jax/{name}/{number}" for number in range(1, jax.process_count())]
+    texts = [client.blocking_key_value_get(key, PATIENCE_MS) for key in keys]
+    for key in keys:
+        client.key_value_delete(key)
+    return [text, *texts]
+
+
+def text_of_first(name: str, text: str = "") -> str:
+    """The first process's text on every process; as `texts_of_all` in all else."""
+    if jax.process_count() == 1:
+        return text
+    client, key = _client(), f"grpo_jax/{name}"
+    if is_first():
+        client.key_value_set(key, text)
+        return text
+    return client.blocking_key_value_get(key, PATIENCE_MS)
+
+
+def _client() -> Any:
+    """Of the service through which processes find each other."""
+    return distributed.global_state.client
 
 
 def single_device_mesh() -> Mesh:

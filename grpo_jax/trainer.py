@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from grpo_jax import rundir
 from grpo_jax.batching import Layout
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
 from grpo_jax.callbacks.table import build
-from grpo_jax.checkpoint import CheckpointStore
+from grpo_jax.checkpoint import CheckpointStore, Found
 from grpo_jax.collect import Collected, Collector
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import (
@@ -115,17 +115,18 @@ class Trainer:
         """
         begun = time.perf_counter()
         _configure_jax(self.config)
-        directory = Path(self.config.output_dir or "")
-        if is_first():
-            directory = rundir.open_run(self.config, self._name)
-        wait_for_all("run directory")
-        rewards = _reward_pool(self.config, self._rewards) if is_first() else nullcontext()
-        with CompileLog() as compiles, rewards as pool, _Watchers(self.config, directory, self._callbacks) as watchers:
-            run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun)
-            try:
-                return run.loop()
-            finally:
-                run.close()
+        with ExitStack() as parts:
+            opened = rundir.open_run(self.config, self._name) if is_first() else None
+            if opened is not None:
+                parts.callback(opened.lock.close)
+            wait_for_all("run directory")
+            directory = opened.directory if opened else Path(self.config.output_dir or "")
+            compiles = parts.enter_context(CompileLog())
+            pool = parts.enter_context(_reward_pool(self.config, self._rewards)) if is_first() else None
+            watchers = parts.enter_context(_Watchers(self.config, directory, self._callbacks))
+            run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun, opened)
+            parts.callback(run.close)
+            return run.loop()
 
 
 class _Watchers:
@@ -172,6 +173,7 @@ class _Run:
         watchers: _Watchers,
         compiles: CompileLog,
         begun: float,
+        opened: rundir.Opened | None,
     ):
         self.config, self.directory, self.watchers = config, directory, watchers
         self.compiles, self.begun, self.phases = compiles, begun, Phases()
@@ -198,7 +200,8 @@ class _Run:
                 pool.check_columns(part.columns)
         self.collector = Collector(prompts, engine, scorer, sampling, config, self.phases)
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
-        self.facts = [report(self.model, config, layout, prompt_len)]
+        self.facts = [*(opened.facts if opened else ()), report(self.model, config, layout, prompt_len)]
+        self.warnings = list(opened.warnings if opened else ())
         if len(prompts) < config.rollout.prompts_per_step:
             self.facts.append(
                 f"rollout.prompts_per_step: got {config.rollout.prompts_per_step} with {len(prompts)} prompts to draw "
@@ -219,26 +222,40 @@ class _Run:
     def _start(self) -> None:
         """From the newest checkpoint, or from the model; the reference is where the run started from."""
         self.store = CheckpointStore(self.directory, self.config.checkpoint.keep)
-        self.learning.keep_reference(self.store)
         self.record: dict[str, Any] = {"step": 0, "seconds": 0.0, "phases": {}, "accuracy": []}
-        newest = self.store.latest()
-        if newest is not None:
-            self.record = self.learning.restore(self.store, newest)
-            self.collector.restore(self.record["collector"])
-            self.phases.total.update(self.record["phases"])
-            self.facts.append(f"going on from step {newest} in {self.directory}")
-        below = None if newest is None else newest + 1
+        self.store.tidy()
+        found = self.store.newest_sound()
+        self.warnings += found.lines()
+        if found.step is None:
+            self.learning.keep_reference(self.store)
+        else:
+            self._go_on(found)
+        below = None if found.step is None else found.step + 1
         nowhere = None if is_first() else Path(os.devnull)
-        metrics = nowhere or self.directory / rundir.METRICS
-        if newest is None and metrics.is_file() and metrics.stat().st_size:
-            self.facts.append(f"no checkpoint yet in {self.directory}: begins anew, what was recorded is replaced")
-        self.metrics = JsonLines(metrics, below)
-        self.completions = JsonLines(nowhere or self.directory / rundir.COMPLETIONS, below)
-        history = () if newest is None or nowhere else tuple(read_json_lines(metrics))
+        metrics, completions = (nowhere or self.directory / name for name in (rundir.METRICS, rundir.COMPLETIONS))
+        self.metrics, self.completions = JsonLines(metrics, below), JsonLines(completions, below)
+        for file, lines in ((metrics, self.metrics), (completions, self.completions)):
+            if lines.damaged:
+                self.warnings.append(
+                    f"{file}: line {', '.join(map(str, lines.damaged[:6]))} cannot be read; moved to {file}.damaged"
+                )
+        history = () if found.step is None or nowhere else tuple(read_json_lines(metrics))
         start = self.record["step"]
         facts = tuple(self.facts)
         run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history)
         self.ended = self.watchers.start(run)
+        for text in self.warnings:
+            self.watchers.warn(text)
+
+    def _go_on(self, found: Found) -> None:
+        """From a checkpoint; what is newer and not sound is put aside, so that its step can be saved again."""
+        assert found.step is not None
+        self.warnings += self.learning.check_reference(self.store)
+        self.record = self.learning.restore(self.store, found.step)
+        self.collector.restore(self.record["collector"])
+        self.phases.total.update(self.record["phases"])
+        self.store.set_aside(found.passed_over)
+        self.facts.append(f"going on from step {found.step} in {self.directory}")
 
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = [
     {"algo.spec", "algo.refusals", "config.fields", "quickstart.task"}
     | {"models.families", "models.fields", "models.keys", "models.rotary_spec", "models.spec"},
-    {"types", "config", "functions", "evaluation"},
+    {"types", "config", "functions", "evaluation", "lock", "manifest"},
     {"algo", "mesh"},
     {"models"},
     {"rollout", "rewards", "data", "batching"},
@@ -32,6 +32,8 @@ HOST_ONLY = (
     "evaluation",
     "rundir",
     "interrupt",
+    "lock",
+    "manifest",
     "cli",
     "quickstart",
     "algo.spec",

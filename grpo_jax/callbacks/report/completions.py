@@ -7,7 +7,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.metrics import prompt_text
+from grpo_jax.metrics import parse_line, prompt_text
 
 BLOCK = 400_000
 """Characters of text after which a block is closed: small enough to open at once, large enough to compress well."""
@@ -59,7 +59,9 @@ class Completions:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                self._add(json.loads(line))
+                row = parse_line(line)
+                if row is not None:
+                    self._add(row)
 
     def blocks(self) -> list[str]:
         """Every block, packed; the last one is still growing."""
