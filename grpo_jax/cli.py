@@ -106,9 +106,6 @@ def _help(asked: Command) -> int:
 
 
 def _train(config: TrainConfig, name: str, debug: bool) -> None:
-    if config.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     from grpo_jax.callbacks import Callback, Run
     from grpo_jax.trainer import Trainer
 

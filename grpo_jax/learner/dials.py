@@ -53,7 +53,7 @@ class Controllers:
                 horizon=kl.horizon,
                 completions=completions,
             )
-            self.kl_coef = float(min(coef, np.finfo(np.float32).max))
+            self.kl_coef = min(float(coef), float(np.finfo(np.float32).max))
         if entropy.target is not None and np.isfinite(figures["entropy"]):
             self._entropy_state = algo.adaptive_entropy(
                 self._entropy_state,

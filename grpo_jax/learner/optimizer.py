@@ -144,7 +144,7 @@ def round_at_random(tree: Any, like: Any, key: jax.Array) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     words = jax.random.bits(key, (len(leaves), 2), jnp.uint32)
     rounded = map(_rounded, leaves, jax.tree.leaves(like), words)
-    return structure.unflatten(list(rounded))
+    return jax.tree.unflatten(structure, list(rounded))
 
 
 def _rounded(x: jax.Array, like: jax.Array, word: jax.Array) -> jax.Array:
