@@ -129,8 +129,10 @@ class CheckpointStore:
             record: what else the run needs, JSON values only.
         """
         self.wait()
-        # On CPU the host copy of an array is the array's own memory, which the next update may overwrite.
-        state = jax.tree.map(lambda x: x.copy(), state)
+        # On a CPU the host's copy of an array is the array's own memory, which the next update may overwrite. Elsewhere
+        # Orbax has brought all to the host when its save returns, and a copy on the device could be what does not fit.
+        if jax.default_backend() == "cpu":
+            state = jax.tree.map(lambda x: x.copy(), state)
         record = json.loads(json.dumps(record))
         items = {"state": ocp.args.StandardSave(_plain(state)), "record": ocp.args.JsonSave(record)}
         self._writer.save(self._root / str(step), ocp.args.Composite(**items))

@@ -41,6 +41,17 @@ def find_function(spec: str, kind: str = "function") -> Callable[..., Any]:
     return function
 
 
+def hide_no_library() -> None:
+    """Put the folder of the running script, which Python puts first on the path, behind all libraries.
+
+    A script beside others would hide a library that one of them is called after, such as ``evaluate``, from what the
+    user's own functions import, in their processes too.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script and sys.path and Path(sys.path[0]).resolve() == Path(script).resolve().parent:
+        sys.path.append(sys.path.pop(0))
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """What to add to an error about a word that is none of ``words``: the nearest of them, or nothing."""
     close = difflib.get_close_matches(word, list(words), 1)

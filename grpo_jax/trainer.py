@@ -13,7 +13,7 @@ from grpo_jax import inputs, rundir
 from grpo_jax.batching import Layout
 from grpo_jax.beginning import begin, open_lines
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
-from grpo_jax.callbacks.table import build
+from grpo_jax.callbacks.watchers import Watchers
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected, Collector
 from grpo_jax.config import TrainConfig
@@ -43,7 +43,7 @@ from grpo_jax.metrics import (
 )
 from grpo_jax.models import Model, View, load_model, save_hf
 from grpo_jax.peers import Peers
-from grpo_jax.preflight import check_model, report, require_devices, room_for_cache, versions
+from grpo_jax.preflight import be_deterministic, check_model, report, require_devices, room_for_cache, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import engine_from, sampling_from
 from grpo_jax.rollout.setup import slots_for
@@ -115,6 +115,8 @@ class Trainer:
         """
         begun = time.perf_counter()
         mesh = self.config.mesh
+        if self.config.deterministic:
+            be_deterministic()
         if mesh.distributed:
             initialize_distributed(mesh.coordinator, mesh.process_count, mesh.process_id)
         with Peers(Path(self.config.output_dir or "")) as peers, ExitStack() as parts:
@@ -127,46 +129,11 @@ class Trainer:
             directory = opened.directory if opened else Path(self.config.output_dir or "")
             compiles = parts.enter_context(CompileLog())
             pool = parts.enter_context(_reward_pool(self.config, self._rewards)) if is_first() else None
-            watchers = parts.enter_context(_Watchers(self.config, directory, self._callbacks))
+            watchers = parts.enter_context(Watchers(self.config, directory, self._callbacks))
             run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun, opened)
             parts.callback(run.close)
             peers.before_leaving(run.store.settle)
             return run.loop()
-
-
-class _Watchers:
-    """The callbacks of a run, called on the first process; what one of them decides is told to all (contract 12)."""
-
-    def __init__(self, config: TrainConfig, directory: Path, own: Sequence[Callback]):
-        self._all = [*build(config, directory, self.warn), *own] if is_first() else []
-
-    def __enter__(self) -> "_Watchers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for callback in self._all:
-            callback.close()
-
-    def start(self, run: Run) -> bool:
-        return _agreed(any([callback.on_start(run) for callback in self._all]))
-
-    def step(self, step: Step) -> bool:
-        return _agreed(any([callback.on_step(step) for callback in self._all]))
-
-    def evaluation(self, evaluation: Evaluation) -> bool:
-        return _agreed(any([callback.on_eval(evaluation) for callback in self._all]))
-
-    def warn(self, text: str) -> None:
-        for callback in self._all:
-            callback.on_warning(text)
-
-    def state(self) -> dict[str, Any]:
-        states = {type(callback).__name__: callback.state() for callback in self._all}
-        return {name: state for name, state in states.items() if state is not None}
-
-    def end(self, summary: dict[str, Any]) -> None:
-        for callback in self._all:
-            callback.on_end(summary)
 
 
 class _Run:
@@ -179,7 +146,7 @@ class _Run:
         pool: RewardPool | None,
         train: Source,
         held_out: Source,
-        watchers: _Watchers,
+        watchers: Watchers,
         compiles: CompileLog,
         begun: float,
         opened: rundir.Opened | None,
@@ -196,6 +163,7 @@ class _Run:
         longest = max(each.longest for each in every)
         prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         check_model(config, self.model, longest, prompt_len)
+        self.most_new = self.model.spec.max_len - prompt_len
         stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
         sampling = sampling_from(config.rollout, stops)
         layout = layout_of(config, self.model, prompt_len)
@@ -239,7 +207,7 @@ class _Run:
             self.facts.append(f"going on from step {start} in {self.directory}")
         self.metrics, self.completions, history = open_lines(self.directory, beginning)
         states, facts = self.record.get("callbacks", {}), tuple(self.facts)
-        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history, states)
+        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history, states, self.most_new)
         self.ended = self.watchers.start(run)
         for text in [*self.warnings, *beginning.warnings]:
             self.watchers.warn(text)
@@ -255,6 +223,7 @@ class _Run:
                 if anywhere(interrupt.requested):
                     self.save(step)
                     raise interrupt.ended(step, self.directory)
+                self.watchers.begin(step + 1)
                 begun = time.perf_counter()
                 batch = self.collector.next(self.weights(), step)
                 self.view = None  # what decodes is a second copy of the model: none while training
@@ -388,10 +357,6 @@ def _check_arguments(model: Any, reward_funcs: Any, train_dataset: Any, config: 
                 f"callbacks: got {callback!r}, which is no grpo_jax.callbacks.Callback; derive its class from that, "
                 "and give an object of it"
             )
-
-
-def _agreed(decision: bool) -> bool:
-    return bool(from_first(np.asarray(decision)))
 
 
 def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:

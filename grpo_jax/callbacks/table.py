@@ -32,4 +32,13 @@ def build(config: TrainConfig, directory: Path, warn: Callable[[str], None]) -> 
         (log.wandb is not None, lambda: WandB(str(log.wandb), directory)),
         (True, lambda: Terminal(config)),  # last, so that its last line comes when all is written
     ]
-    return [make() for wanted, make in rows if wanted]
+    made: list[Callback] = []
+    try:
+        for wanted, make in rows:
+            if wanted:
+                made.append(make())
+    except BaseException:
+        for callback in reversed(made):
+            callback.close()
+        raise
+    return made

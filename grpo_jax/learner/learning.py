@@ -93,6 +93,7 @@ def make_critic(config: TrainConfig, model: Model, layout: Layout) -> Critic | N
         value_coef=table.value_coef,
         value_clip=table.value_clip,
         microbatch_rows=_microbatch_rows(config, layout),
+        seed=config.seed,
     )
 
 

@@ -75,6 +75,7 @@ def write_page(directory: Path, run: dict[str, Any], completions: Completions) -
         "columns": list(completions.columns),
         "functions": completions.functions,
         "starts": completions.starts,
+        "every": completions.every,
     }
     blobs = {"run": pack_json(run | {"index": index}), "index": completions.index(), "plotly": plotly()}
     blobs |= {f"block-{i}": block for i, block in enumerate(blocks)}
