@@ -21,9 +21,6 @@ from grpo_jax.rewards.family import OUT_OF_MEMORY, keep
 from grpo_jax.rewards.lookup import Reward, needed_columns
 from grpo_jax.rewards.state import Notes, TrainerState
 
-MAIN = "__mp_main__"
-"""What multiprocessing calls the main module in its processes: a reward's own pool finds the functions of its file."""
-
 
 def main(parent: int, memory_limit_mb: int | None) -> None:
     """Answer until stdin ends; a MemoryError ends the process, which is not worth keeping then."""
@@ -116,10 +113,7 @@ def _trace(error: BaseException | None) -> str:
 def _load(start: dict[str, Any]) -> Reward:
     """Find the reward and bind its options; a built-in is tried on no completions, to refuse options now."""
     sys.path[:] = start["path"]
-    function = load_reward(start["spec"], start["options"], start["name"], MAIN)
-    if MAIN in sys.modules:
-        sys.modules["__main__"] = sys.modules[MAIN]
-        vars(sys.modules[MAIN])["__spec__"] = None  # as of a script: processes of a pool find it by its file
+    function = load_reward(start["spec"], start["options"], start["name"], as_main=True)
     if start["spec"] in REWARDS:
         nothing: dict[str, list[Any]] = {column: [] for column in needed_columns(function)}
         batch = Batch(columns=nothing, state=TrainerState(**start["state"]))
