@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.rewards import REWARDS, RewardPool, TrainerState
-from grpo_jax.rewards.call import RewardProblem, checked
+from grpo_jax.rewards.call import Batch, RewardProblem, checked
 
 from . import hostile
 
@@ -195,6 +195,22 @@ def test_silence_is_nan():
     with RewardPool([first, second]) as pool:
         rewards = score(pool, "abcd").rewards
     np.testing.assert_array_equal(rewards, [[1.0, np.nan, 3.0, np.nan], [0.5, 0.25, np.nan, np.nan]])
+
+
+def test_only_those_that_are_wanted_are_asked():
+    calls = []
+
+    def costs(completions, **columns):
+        calls.append(len(completions))
+        return [1.0] * len(completions)
+
+    texts = ["3", "4"]
+    with RewardPool(["exact_match", costs], stream=["costs"]) as pool:
+        for only in ((0,), None):
+            with pool.begin(only) as scoring:
+                rewards = scoring.finish(Batch(texts, texts, [[1], [1]], {"answer": ["3", "3"]})).rewards
+            np.testing.assert_array_equal(rewards, [[1, 0], [1, 1] if only is None else [np.nan, np.nan]])
+            assert calls == ([2] if only is None else [])
 
 
 def test_names_are_unique():
