@@ -191,11 +191,13 @@ def reward_metrics(names: Sequence[str], scored: Scored) -> dict[str, float]:
         "reward": float(reward.mean()) if reward.size else float("nan"),
         "reward_std": float(reward.std()) if reward.size else float("nan"),
         "frac_reward_zero_std": float(1.0 - scored.spread.mean()),
+        "unscored": int((~scored.scored).sum()),
     }
     for name, values in zip(names, scored.by_function, strict=True):
         answered = values[np.isfinite(values)]
         out[f"rewards/{name}/mean"] = float(answered.mean()) if answered.size else float("nan")
         out[f"rewards/{name}/std"] = float(answered.std()) if answered.size else float("nan")
+        out[f"rewards/{name}/unscored"] = int(values.size - answered.size)
     return out
 
 
@@ -324,6 +326,7 @@ def _plain(value: Any) -> Any:
 def step_line(steps: int, row: Mapping[str, Any]) -> str:
     """A step's key figures in one line for the terminal."""
     shown = [f"step {row['step']}/{steps}", f"reward {row['reward']:.3f}"]
+    shown += [f"unscored {row['unscored']}"] if row.get("unscored") else []
     shown += [f"same {row['frac_reward_zero_std']:.0%}", f"length {row['completions/mean_length']:.1f}"]
     shown += [f"cut {row['completions/clipped_ratio']:.0%}", f"entropy {row['entropy']:.3f}"]
     shown += [f"kl {row['kl']:.4f}"] if "kl" in row else []

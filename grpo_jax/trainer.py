@@ -201,6 +201,7 @@ class _Run:
         self.store = CheckpointStore(self.directory, self.config.checkpoint.keep)
         beginning = begin(self.store, self.learning, self.collector, given)
         self.record = beginning.record
+        self.record.setdefault("unscored", {"training": dict.fromkeys(self.names, 0), "held_out": 0})
         start = self.record["step"]
         self.phases.total.update(self.record["phases"])
         if beginning.resumed:
@@ -249,6 +250,8 @@ class _Run:
         row |= {"tokens_per_second": int(batch.rollout.completion_len.sum()) / seconds} | self.compiles.take_step()
         row |= {f"logged/{name}" if name in row else name: value for name, value in batch.scored.metrics.items()}
         self.metrics.write(row)
+        for name in self.names:
+            self.record["unscored"]["training"][name] += row[f"rewards/{name}/unscored"]
         lines = completion_rows(
             step,
             batch.prompts,
@@ -278,7 +281,9 @@ class _Run:
         with self.phases("evaluate"):
             figures = self.evaluator.evaluate(view, self.collector.progress(step))
         row: dict[str, Any] = {"step": step, **figures}
-        self.record["accuracy"].append(row["eval/accuracy"])
+        accuracy = row["eval/accuracy"]
+        self.record["accuracy"].append(accuracy if np.isfinite(accuracy) else None)
+        self.record["unscored"]["held_out"] = row["eval/unscored"]
         row["seconds/elapsed"] = self.elapsed()
         self.metrics.write(row)
         return self.watchers.evaluation(Evaluation(step, row))
@@ -303,8 +308,9 @@ class _Run:
         accuracy = self.record["accuracy"]
         summary = {
             "accuracy_first": accuracy[0] if accuracy else None,
-            "accuracy_best": max(accuracy) if accuracy else None,
+            "accuracy_best": max((figure for figure in accuracy if figure is not None), default=None),
             "accuracy_last": accuracy[-1] if accuracy else None,
+            "unscored": self.record["unscored"],
             "steps": self.record["step"],
             "seconds": self.elapsed(),
             "seconds_by_phase": dict(self.phases.total),
@@ -367,6 +373,8 @@ def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction])
         config.reward.options,
         TrainerState(max_steps=config.steps, max_completion_len=config.rollout.max_new_tokens),
         config.reward.stream,
+        config.reward.workers,
+        config.reward.environment,
     )
 
 

@@ -151,7 +151,7 @@ class RewardConfig(Section):
     """What a completion is paid for."""
 
     functions: tuple[str, ...] = ("quickstart",)
-    """Built-in names, "module:function" or "path/file.py:function"; each runs in a process of its own."""
+    """Built-in names, "module:function" or "path/file.py:function"; each runs in processes of its own."""
     options: dict[str, dict[str, Any]] = {}
     """Parameters of a function, by its name and theirs, such as regex.pattern; a function named twice is regex_2."""
     weights: tuple[FiniteFloat, ...] | None = None
@@ -159,9 +159,15 @@ class RewardConfig(Section):
     stream: tuple[str, ...] = ()
     """Functions, by name, to call on each group as soon as it is sampled, not once on all; built-ins always are."""
     timeout_seconds: PositiveFloat = 30.0
-    """Longest time one batch (or group, see stream) may take in a function before its process is killed."""
+    """Longest time that 16 completions may take in a function before its process is killed; a call on more has it for
+    every 16."""
     memory_limit_mb: Count | None = 2048
-    """Address space of a reward's process in MiB; none is no limit."""
+    """Memory of a function's process and all it starts, in MiB; none is no limit."""
+    workers: Count = 1
+    """Processes a function. With several, each that is given by name is called on at most 16 completions at a time."""
+    environment: tuple[str, ...] = ()
+    """Environment variables that a function's process gets although they look like tokens, keys or passwords, such as
+    OPENAI_API_KEY for a judge."""
 
 
 class BatchConfig(Section):

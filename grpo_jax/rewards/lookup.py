@@ -44,13 +44,14 @@ def unique_names(specs: Sequence[str | Reward]) -> tuple[str, ...]:
     return tuple(unique)
 
 
-def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
+def find_reward(spec: str, table: Mapping[str, Reward], as_main: bool = False) -> Reward:
     """The function that ``spec`` names.
 
     Args:
         spec: a name in ``table``, ``module:function``, or ``path/file.py:function`` (relative to the working
             directory).
         table: the built-in rewards by name.
+        as_main: make a file's module the main one, as ``find_function`` does.
 
     Raises:
         ValueError: no such built-in, module, file or function, or the module does not import.
@@ -68,7 +69,7 @@ def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
             f"reward {spec!r}: the running script is not run again in the worker; "
             "put the function into a file of its own, or give Trainer the function itself"
         )
-    return find_function(spec, "reward")
+    return find_function(spec, "reward", as_main)
 
 
 def bind(function: Reward, options: Mapping[str, Any], name: str) -> Reward:
