@@ -3,7 +3,7 @@
     python scripts/evaluate.py MODEL DATA [--reward exact_match] [--samples 8] [--prompts 200] [--max-new-tokens 256]
 
 MODEL is a Hugging Face directory, a hub id, or "quickstart"; DATA what data.eval takes. A completion is right when the
-reward function gives more than --correct-above. maj@k counts the answers that completions mark as final.
+reward function gives more than --correct-above. maj@k counts the answers that the reward function reads.
 """
 
 import argparse
@@ -123,18 +123,17 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
                 print(f"warning: {warning}", file=sys.stderr)
             right = (np.nan_to_num(answers.by_function[0]) > asked.correct_above).reshape(-1, k)
             greedy = [("greedy", right[:, 0].astype(float))]
-            for name, values in of_samples(right, answers.completions) if options is sampling else greedy:
+            for name, values in of_samples(right, answers.completions, asked.reward) if options is sampling else greedy:
                 yield name, float(np.mean(values)), *bootstrap_interval(values)
 
 
-def of_samples(right: Any, texts: list[str]) -> list[tuple[str, Any]]:
-    """[P, k] bool and the P * k texts -> the figures by prompt, each [P]."""
+def of_samples(right: Any, texts: list[str], reward: str) -> list[tuple[str, Any]]:
+    """[P, k] bool, the P * k texts and the reward that judged them -> the figures by prompt, each [P]."""
     from grpo_jax.evaluation import avg_at_k, maj_at_k, pass_at_k
-    from grpo_jax.rewards.answers import marked_answer, normalise
+    from grpo_jax.rewards.votes import vote_of
 
     k = right.shape[1]
-    marked = [marked_answer(text) for text in texts]
-    said = [None if answer is None else normalise(answer) for answer in marked]
+    said = list(map(vote_of(reward), texts))
     votes = [said[start : start + k] for start in range(0, len(said), k)]
     counts = right.sum(1)
     return [
