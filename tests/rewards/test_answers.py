@@ -13,6 +13,7 @@ from grpo_jax.config import read_toml
 from grpo_jax.rewards import REWARDS, resolve
 from grpo_jax.rewards.answers import MISSING
 from grpo_jax.rewards.votes import vote_of
+
 from .answer_pairs import ALIKE, TEXTS, UNLIKE
 
 MARKS = ["<answer>{}</answer>", "So \\boxed{{{}}}.", "so\n#### {}", "Answer: {}"]
