@@ -162,7 +162,7 @@ def test_what_a_config_asks_for_is_what_its_reward_reads(path):
     asks = tables.get("data", {}).get("prompt_template", "") + tables.get("data", {}).get("system_prompt", "")
     said, columns = next((ASKED[form] for form in ASKED if form in asks), (None, {}))
     if said is None:
-        assert tables["reward"]["functions"] == ["quickstart"]  # a model that was trained to answer so
+        assert "reward" not in tables  # the quickstart's, whose model was trained to answer so
         return
     for name in tables["reward"]["functions"]:
         if name == "math_verify":
