@@ -91,6 +91,7 @@ class Trainer:
         """
         _check_arguments(model, reward_funcs, train_dataset, config, callbacks)
         config = config or TrainConfig()
+        _check_reward(model, reward_funcs, train_dataset, config)
         rewards = config.reward.functions if reward_funcs is None else reward_funcs
         self._rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
         self._train = config.data.train if train_dataset is None else train_dataset
@@ -363,6 +364,18 @@ def _check_arguments(model: Any, reward_funcs: Any, train_dataset: Any, config: 
                 f"callbacks: got {callback!r}, which is no grpo_jax.callbacks.Callback; derive its class from that, "
                 "and give an object of it"
             )
+
+
+def _check_reward(model: Any, reward_funcs: Any, train_dataset: Any, config: TrainConfig) -> None:
+    """Refuse to judge a run with its own model and data by the shipped task's reward, unless somebody named that."""
+    named = reward_funcs is not None or "functions" in config.reward.model_fields_set
+    train = config.data.train if train_dataset is None else describe(train_dataset)
+    if not named and train != "quickstart" and str(model or config.model.path) != "quickstart":
+        raise ValueError(
+            "reward.functions: got none for a model and data of your own, and the default, 'quickstart', is the reward "
+            "of the task that the package ships. Name what judges your data, such as exact_match or "
+            "my_rewards.py:function, or give Trainer reward_funcs; name quickstart where it is meant."
+        )
 
 
 def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:

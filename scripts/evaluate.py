@@ -3,7 +3,7 @@
     python scripts/evaluate.py MODEL DATA [--reward exact_match] [--samples 8] [--prompts 200] [--max-new-tokens 256]
 
 MODEL is a Hugging Face directory, a hub id, or "quickstart"; DATA what data.eval takes. A completion is right when the
-reward function gives more than --correct-above. maj@k counts the answers that completions mark as final. A prompt with
+reward function gives more than --correct-above. maj@k counts the answers that the reward function reads. A prompt with
 a completion that the reward did not score is left out and said; where a tenth of them is, the command fails.
 """
 
@@ -140,21 +140,20 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
             if len(texts) < len(judged) * k:
                 print(f"{(~judged).sum()} of {len(judged)} prompts are not scored and left out", file=sys.stderr)
             greedy = [("greedy", right[:, 0].astype(float))]
-            for name, values in of_samples(right, texts) if texts and options is sampling else greedy:
+            for name, values in of_samples(right, texts, asked.reward) if texts and options is sampling else greedy:
                 if texts:
                     yield name, float(np.mean(values)), *bootstrap_interval(values)
     if problems:
         raise ValueError(problems[0])
 
 
-def of_samples(right: Any, texts: list[str]) -> list[tuple[str, Any]]:
-    """[P, k] bool and the P * k texts -> the figures by prompt, each [P]."""
+def of_samples(right: Any, texts: list[str], reward: str) -> list[tuple[str, Any]]:
+    """[P, k] bool, the P * k texts and the reward that judged them -> the figures by prompt, each [P]."""
     from grpo_jax.evaluation import avg_at_k, maj_at_k, pass_at_k
-    from grpo_jax.rewards.answers import marked_answer, normalise
+    from grpo_jax.rewards.votes import vote_of
 
     k = right.shape[1]
-    marked = [marked_answer(text) for text in texts]
-    said = [None if answer is None else normalise(answer) for answer in marked]
+    said = list(map(vote_of(reward), texts))
     votes = [said[start : start + k] for start in range(0, len(said), k)]
     counts = right.sum(1)
     return [

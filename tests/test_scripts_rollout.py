@@ -213,5 +213,8 @@ def test_figures_of_samples(monkeypatch):
     evaluate = script("evaluate")
     right = np.array([[True, False, True], [False, False, False]])
     texts = ["=4", "=5", "= 4", "=1", "nothing", "=2"]
-    made = {name: values.tolist() for name, values in evaluate.of_samples(right, texts)}
+    made = {name: values.tolist() for name, values in evaluate.of_samples(right, texts, "exact_match")}
     assert made == {"avg@3": [2 / 3, 0.0], "pass@3": [1.0, 0.0], "maj@3": [1.0, 0.0]}
+    boxes = [r"\boxed{4} = 5", r"\boxed{6} = 7", r"\boxed{4.0} = 7", "1", "1", r"\boxed{2}"]  # read as boxed reads
+    right[1] = [False, False, True]
+    assert dict(evaluate.of_samples(right, boxes, "boxed"))["maj@3"].tolist() == [1.0, 1.0]

@@ -151,7 +151,8 @@ class RewardConfig(Section):
     """What a completion is paid for."""
 
     functions: tuple[str, ...] = ("quickstart",)
-    """Built-in names, "module:function" or "path/file.py:function"; each runs in processes of its own."""
+    """Built-in names, "module:function" or "path/file.py:function"; each runs in processes of its own. A run with its
+    own model and data must name some."""
     options: dict[str, dict[str, Any]] = {}
     """Parameters of a function, by its name and theirs, such as regex.pattern; a function named twice is regex_2."""
     weights: tuple[FiniteFloat, ...] | None = None
