@@ -5,7 +5,8 @@
 
 MODEL is a Hugging Face directory, a hub id, "quickstart", or the directory of a run, whose trained model is judged;
 DATA what data.eval takes. A completion is right when the reward function gives more than --correct-above. maj@k counts
-the answers that completions mark as final.
+the answers that the reward function reads. A prompt with a completion that the reward did not score is left out and
+said; where a tenth of them is, the command fails.
 
 Every field of a run's config can be given as --dotted.field value (train.py --help shows them). What is not given is
 as in the config of the run that MODEL is of, or lies in as hf/, or that --config names: the prompts, how they are made
@@ -36,6 +37,8 @@ OPTIONS = {
     "eval.prompts": "--prompts",
     "eval.correct_above": "--correct-above",
     "data.prompt_column": "--prompt-column",
+    "reward.timeout_seconds": "--timeout-seconds",
+    "reward.workers": "--workers",
     "seed": "--seed",
 }
 """Fields of a run's config -> the options that are put there."""
@@ -61,6 +64,11 @@ def main() -> int:
     parser.add_argument("data", nargs="?", help="default: the run's data.eval")
     parser.add_argument("--config", help="directory or config.toml of a run; none: what is not given has its default")
     parser.add_argument("--reward", help="default: the run's first; else exact_match, or quickstart for that model")
+    parser.add_argument("--timeout-seconds", type=float, help="for 16 completions in the reward, default: 30")
+    parser.add_argument(
+        "--workers", type=int, help="processes of the reward, 16 completions at a time each; default: 1"
+    )
+    parser.add_argument("--environment", nargs="*", metavar="NAME", help="secrets that the reward gets")
     parser.add_argument("--samples", type=int, default=8, help="k; 0 judges greedily only")
     parser.add_argument("--prompts", type=int, help="the first so many")
     parser.add_argument("--prompt-column", help="default: prompt")
@@ -114,7 +122,12 @@ def config_of(asked: argparse.Namespace, run: Path | None) -> TrainConfig:
         "model": {"dtype": asked.dtype},
         "data": {"eval": asked.data, "prompt_column": asked.prompt_column, "as_messages": asked.as_messages},
         "rollout": {"max_new_tokens": asked.max_new_tokens, "temperature": asked.temperature, "top_p": asked.top_p},
-        "reward": {"functions": None if asked.reward is None else [asked.reward]},
+        "reward": {
+            "functions": None if asked.reward is None else [asked.reward],
+            "timeout_seconds": asked.timeout_seconds,
+            "workers": asked.workers,
+            "environment": asked.environment,
+        },
         "eval": {"prompts": asked.prompts, "correct_above": asked.correct_above},
     }
     tables = merge(merge(recorded, asked.fields), {table: _given(fields) for table, fields in named.items()})
@@ -155,7 +168,7 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
     import numpy as np
 
     from grpo_jax.data import held_out_prompts, load_tokenizer, resolve_model, stop_ids
-    from grpo_jax.evaluation import bootstrap_interval
+    from grpo_jax.evaluation import bootstrap_interval, meaningless, verdicts
     from grpo_jax.metrics import keep_compiled
     from grpo_jax.models import load_model
     from grpo_jax.preflight import check_model, check_prompts
@@ -165,7 +178,7 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
     keep_compiled(TrainConfig().compilation_cache)
     run = run_of(asked)
     config = config_of(asked, run)
-    asked.correct_above = config.eval.correct_above
+    asked.correct_above, asked.reward = config.eval.correct_above, config.reward.functions[0]
     source = resolve_model(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(source)
     stops = frozenset(config.rollout.stop_token_ids or stop_ids(source, tokenizer))
@@ -173,6 +186,7 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
     held_out = held_out_prompts(config, tokenizer, now=now)["eval"]
     for said in held_out.reports:
         print(f"warning: {said}", file=sys.stderr)
+    problems = list[str]()
     with pool_from(config, config.reward.functions) as pool:
         pool.check_columns(held_out.columns)
         room = config.rollout.max_new_tokens
@@ -197,20 +211,26 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
             answers = scorer.rewards(held_out.prompts, rollout)
             for warning in answers.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
-            right = (np.nan_to_num(answers.by_function[0]) > asked.correct_above).reshape(-1, k)
+            judged, right = verdicts(answers.by_function[0].reshape(-1, k), asked.correct_above)
+            problems += filter(None, [meaningless(judged, pool.names[0])])
+            texts = [text for n, text in enumerate(answers.completions) if judged[n // k]]
+            if len(texts) < len(judged) * k:
+                print(f"{(~judged).sum()} of {len(judged)} prompts are not scored and left out", file=sys.stderr)
             greedy = [("greedy", right[:, 0].astype(float))]
-            for name, values in of_samples(right, answers.completions) if options is sampling else greedy:
-                yield name, float(np.mean(values)), *bootstrap_interval(values)
+            for name, values in of_samples(right, texts, asked.reward) if texts and options is sampling else greedy:
+                if texts:
+                    yield name, float(np.mean(values)), *bootstrap_interval(values)
+    if problems:
+        raise ValueError(problems[0])
 
 
-def of_samples(right: Any, texts: list[str]) -> list[tuple[str, Any]]:
-    """[P, k] bool and the P * k texts -> the figures by prompt, each [P]."""
+def of_samples(right: Any, texts: list[str], reward: str) -> list[tuple[str, Any]]:
+    """[P, k] bool, the P * k texts and the reward that judged them -> the figures by prompt, each [P]."""
     from grpo_jax.evaluation import avg_at_k, maj_at_k, pass_at_k
-    from grpo_jax.rewards.answers import marked_answer, normalise
+    from grpo_jax.rewards.votes import vote_of
 
     k = right.shape[1]
-    marked = [marked_answer(text) for text in texts]
-    said = [None if answer is None else normalise(answer) for answer in marked]
+    said = list(map(vote_of(reward), texts))
     votes = [said[start : start + k] for start in range(0, len(said), k)]
     counts = right.sum(1)
     return [

@@ -1,9 +1,9 @@
-"""Where the time of each test goes: a pytest plugin, registered by conftest.py; scripts/test_durations.py shows it.
+"""Where the time of each test goes: a pytest plugin, registered by conftest.py; scripts/show_durations.py shows it.
 
-For each test: its wall time with its fixtures, and of that the seconds this process spent tracing and lowering for
-XLA, compiling (or reading a program from the cache), waiting for processes it had started, and sleeping; how many
-programs and processes; whether Hypothesis chose the inputs. The kinds are measured in all threads, so they may add up
-to more than the wall time.
+For each test: its wall time with its fixtures, the processor time of its process, and the seconds spent tracing and
+lowering for XLA, compiling (or reading a program from the cache), waiting for processes it had started, and sleeping;
+how many programs and processes; whether Hypothesis chose the inputs. The kinds are measured in all threads, so they may
+add up to more than the wall time.
 """
 
 import json
@@ -35,6 +35,7 @@ class Durations:
         self.rows: dict[str, dict[str, Any]] = {}
         self._waiting = False
         self._listening = False
+        self._cpu = 0.0
 
     def install(self) -> None:
         """Measure sleeps and waits for processes from here on, in this process."""
@@ -87,6 +88,7 @@ class Durations:
             jax.monitoring.register_event_duration_secs_listener(self._on_event)
             self._listening = True
         self.seconds.clear()
+        self._cpu = time.process_time()
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -95,7 +97,8 @@ class Durations:
         report = yield
         if report.when == "teardown":
             hypothesis = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-            report.user_properties.append(("durations", {**self.seconds, "hypothesis": int(hypothesis)}))
+            measured = {**self.seconds, "cpu": time.process_time() - self._cpu, "hypothesis": int(hypothesis)}
+            report.user_properties.append(("durations", measured))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

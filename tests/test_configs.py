@@ -11,8 +11,9 @@ import pytest
 import grpo_jax
 from grpo_jax.cli import QUICKSTART, parse
 from grpo_jax.config import TrainConfig, read_toml
-from grpo_jax.data import held_out_prompts, load_tokenizer
+from grpo_jax.data import held_out_prompts, load_tokenizer, training_prompts
 from grpo_jax.testing import tiny_checkpoint, tiny_tokenizer
+from grpo_jax.trainer import _reward_pool
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.toml"))}
@@ -43,7 +44,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, one_device):
     made = {}
 
     def make(model_type):
@@ -113,20 +114,40 @@ def test_the_quickstart_is_the_shipped_one():
     assert CONFIGS["quickstart"].read_bytes() == QUICKSTART.read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gsm8k_qwen2.5_1.5b"])
-def test_it_trains_a_tiny_model_of_its_kind_on_a_file_of_its_format(name, checkpoint, tmp_path):
-    if "math_verify" in read_toml(CONFIGS[name])["reward"]["functions"]:
+def _needs_its_judge(name):
+    if "math_verify" in read_toml(CONFIGS[name]).get("reward", {}).get("functions", ()):
         pytest.importorskip("math_verify")
+
+
+TRAINED = [name for name in CONFIGS if name != "gsm8k_qwen2.5_1.5b"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_reads_a_file_of_its_format(name, checkpoint, tmp_path):
+    _needs_its_judge(name)
     model_type, (row, *_), _ = KINDS[name]
     directory, first = checkpoint(model_type), str(next(iter(row.values())))
     config = tiny(name, directory, tmp_path / "run", tmp_path)
     tokenizer = load_tokenizer(directory)
     held_out = held_out_prompts(config, tokenizer)
+    prompts = training_prompts(config, tokenizer)
+    assert len(prompts) == 4
+    with _reward_pool(config, config.reward.functions) as pool:
+        for part in (prompts, *held_out.values()):
+            pool.check_columns(part.columns)
     assert [len(prompts) for prompts in held_out.values()] == [4] * len(held_out)
     prompt = next(iter(held_out.values())).prompts[0]
     assert isinstance(prompt.text, str) == (not config.data.as_messages)
     words = prompt.text if isinstance(prompt.text, str) else prompt.text[-1]["content"]
     assert not re.search(r"\{\w+\}", words) and first in words
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "dapo_math" else pytest.mark.slow) for name in TRAINED]
+)
+def test_it_trains_a_tiny_model_of_its_kind(name, checkpoint, tmp_path):
+    _needs_its_judge(name)
+    config = tiny(name, checkpoint(KINDS[name][0]), tmp_path / "run", tmp_path)
     grpo_jax.Trainer(config=TrainConfig.from_tables(config.model_dump() | _no_evaluation(config)), name=name).train()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 1 and np.isfinite(metrics[0]["loss"])

@@ -53,17 +53,32 @@ def test_a_decision_is_kept_once_the_run_has_begun(tmp_path: Path):
     assert rundir.decided(tmp_path, {"rollout.slots": 9}) == {"rollout.slots": 5}
 
 
-def test_a_run_has_one_time_of_start(tmp_path: Path, monkeypatch):
+def test_a_run_has_one_time_of_start(tmp_path: Path):
     assert rundir.recorded_start(tmp_path) is None
-    early = rundir.time_of_start(tmp_path)
-    later = type("Later", (datetime,), {"now": classmethod(lambda cls: datetime(2037, 1, 2, 3, 4, 5))})
-    monkeypatch.setattr(rundir.datetime, "datetime", later)
-    assert rundir.time_of_start(tmp_path) > early, "nothing was sampled yet"
+    now = rundir.moment(rundir.time_of_start(tmp_path))
+    assert 0 <= (datetime.now() - now).total_seconds() < 3600 and rundir.recorded_start(tmp_path) == now
+    rundir.write_json(tmp_path / rundir.BEGAN, {"time": "2025-01-02T03:04:05"})
+    assert rundir.moment(rundir.time_of_start(tmp_path)) >= now, "nothing was sampled yet"
+    rundir.write_json(tmp_path / rundir.BEGAN, {"time": "2025-01-02T03:04:05"})
     (tmp_path / rundir.METRICS).touch()
-    assert rundir.decided(tmp_path, {"rollout.slots": 9})["rollout.slots"] == 9
-    monkeypatch.setattr(rundir.datetime, "datetime", datetime)
-    assert rundir.moment(rundir.time_of_start(tmp_path)) == datetime(2037, 1, 2, 3, 4, 5)
-    assert rundir.recorded_start(tmp_path) == datetime(2037, 1, 2, 3, 4, 5)
+    assert rundir.moment(rundir.time_of_start(tmp_path)) == datetime(2025, 1, 2, 3, 4, 5)
+    (tmp_path / rundir.BEGAN).write_text("{")
+    with pytest.raises(ValueError, match="began.json is damaged, .*; delete it"):
+        rundir.time_of_start(tmp_path)
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path: Path):
+    assert rundir.newest_checkpoint(tmp_path) is None
+    for name in ("9", "10", "11.orbax-checkpoint-tmp"):
+        (tmp_path / rundir.CHECKPOINTS / name).mkdir(parents=True)
+    assert rundir.newest_checkpoint(tmp_path) == 10
+
+
+def test_what_a_run_computes_on_is_noted_where_it_changes(tmp_path: Path):
+    note = lambda step, version: rundir.note_environment(tmp_path, step, {"jax": version, "os": "x"})  # noqa: E731
+    assert [note(0, "1"), note(2, "2"), note(4, "2"), note(6, "1")] == [[], ["jax: 1 -> 2"], [], ["jax: 2 -> 1"]]
+    noted = json.loads((tmp_path / rundir.ENVIRONMENT).read_text())
+    assert [(row["from_step"], row["jax"]) for row in noted] == [(0, "1"), (2, "2"), (6, "1")]
 
 
 def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """Every code block of the README and of docs/ runs, every command is one, and every link leads somewhere."""
 
+import contextlib
+import functools
+import io
 import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -49,9 +52,9 @@ class SmallTrainer(grpo_jax.Trainer):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, one_device):
     """A directory that holds what the pages speak of: a model in DIR, a second one, prompts.jsonl."""
-    tiny_checkpoint(tmp_path / "DIR")
+    tiny_checkpoint(tmp_path / "DIR", num_hidden_layers=1)
     rows = [f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(2, 6) for b in range(2, 6)]
     (tmp_path / "prompts.jsonl").write_text("".join(rows))
     (tmp_path / "held_out.jsonl").write_text("".join(rows[:4]))
@@ -79,14 +82,28 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "scripts/train.py" in c])
-def test_training_commands_parse(command, monkeypatch, place):
-    os.symlink(ROOT / "configs", place / "configs")
+def test_training_commands_parse(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(ROOT / "configs", tmp_path / "configs")
     program, script, *arguments = shlex.split(command)
     assert program == "python" and (ROOT / script).is_file()
     if "--help" in arguments:
         assert cli.main(arguments) == 0
     else:
         assert isinstance(cli.parse(arguments)[0], TrainConfig)
+
+
+@functools.cache
+def help_of(script: Path) -> str:
+    """What its --help prints; run in this process, where all that it imports is there already."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [str(script), "--help"])
+        patch.setattr(os, "environ", os.environ.copy())  # some set in it what jax reads
+        patch.syspath_prepend(str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "scripts/train.py" not in c])
@@ -97,11 +114,10 @@ def test_other_commands_are_there(command):
     if words[:2] == ["pip", "install"]:
         assert set(re.findall(r"\[([\w,]+)\]", command)) <= {*extras, ",".join(extras)}
     elif words[0] == "python":
-        script = ROOT / words[1]
-        help_text = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
-        assert help_text.stdout.strip()
+        help_text = help_of(ROOT / words[1])
+        assert help_text.strip()
         options = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
-        assert options <= set(re.findall(r"--[\w.-]+", help_text.stdout))
+        assert options <= set(re.findall(r"--[\w.-]+", help_text))
     else:
         assert words[0] in ("pytest", "tensorboard", "mkdocs")
 

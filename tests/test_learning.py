@@ -1,12 +1,14 @@
 """What a step does around the update: which passes run, what is picked, what moves on, and functions of the user's."""
 
 import json
+import math
 
 import jax
 import numpy as np
 import pytest
 from learning_cases import assert_same_update, collected_for, config_for, copied, learning_for, moved
 
+from grpo_jax.learner.dials import Controllers
 from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import CompileLog
 
@@ -24,19 +26,27 @@ from grpo_jax.metrics import CompileLog
         ({"preset": "dapo", "model": {"dtype": "bfloat16"}}, 0, 0),
     ],
 )
-def test_old_and_reference_passes_run_once_a_part_and_only_where_they_are_needed(monkeypatch, tables, old, reference):
+def test_updates_and_passes_run_once_a_part_and_only_where_they_are_needed(monkeypatch, tables, old, reference):
     preset, optim, model = tables["preset"], tables.get("optim", {}), tables.get("model", {})
     config = config_for(preset, optim=optim, model=model, algorithm={"loss": tables.get("loss", {})})
     learning = learning_for(config)
+    learning.critic = learning.creditor = None  # values and credit are test_critic.py's
     seen: list[bool] = []
+    parts = []
 
     def count(learner, params, batch):
         seen.append(params is learning.state.params)
         return np.zeros(batch.tokens.shape, np.float32)
 
+    def update(learner, state, batch, *rest):
+        parts.append(batch)
+        return state, {"skipped_update_count": (1.0, 0.0)}, {}
+
     monkeypatch.setattr(Learner, "logprobs", count)
-    parts, _ = learning._pack(collected_for(config))
-    parts = [learning._annotate(part) for part in parts]
+    monkeypatch.setattr(Learner, "update", update)
+    learning.train(collected_for(config))
+    minibatches, epochs = optim.get("minibatches", 1), optim.get("epochs", 1)
+    assert len(parts) == minibatches * epochs and all(part is parts[n % minibatches] for n, part in enumerate(parts))
     assert (sum(seen), len(seen) - sum(seen)) == (old, reference)
     assert all((part.old_logp is not None) == bool(old) for part in parts)
     assert all((part.ref_logp is not None) == bool(reference) for part in parts)
@@ -56,8 +66,18 @@ PICKS = {
 }
 
 
-@pytest.mark.parametrize("name", PICKS)
-def test_contract_5_what_a_statistic_picks_is_of_the_whole_step_for_any_rows_and_microbatches(name):
+@pytest.fixture(scope="module")
+def unpicked():
+    """An update in which nothing is picked."""
+    config = config_for("bnpo", optim={"epochs": 2}, algorithm={"loss": {"aggregation": "token_mean"}})
+    learning = learning_for(config)
+    before = copied(learning.state)
+    learning.train(collected_for(config))
+    return moved(before, learning.state)
+
+
+@pytest.mark.parametrize("name", ["clip_cov and entropy_top", pytest.param("kl_cov", marks=pytest.mark.slow)])
+def test_contract_5_what_a_statistic_picks_is_of_the_whole_step_for_any_rows_and_microbatches(name, unpicked):
     updates, figures = [], []
     for rows, batch in ((None, {"rows": "padded"}), (6, {"rows": "group", "row_len": 16})):
         optim = {"microbatch_rows": rows, "epochs": 2}
@@ -68,21 +88,37 @@ def test_contract_5_what_a_statistic_picks_is_of_the_whole_step_for_any_rows_and
         updates.append(moved(before, learning.state))
     assert_same_update(*updates)
     assert figures[0]["policy_loss"] == pytest.approx(figures[1]["policy_loss"], abs=1e-6)
-    plain = config_for("bnpo", optim={"epochs": 2}, algorithm={"loss": {"aggregation": "token_mean"}})
-    other = learning_for(plain)
-    other.train(collected_for(plain))
-    gap = [np.abs(a - b).max() for a, b in zip(moved(before, other.state), updates[0], strict=True)]
+    gap = [np.abs(a - b).max() for a, b in zip(unpicked, updates[0], strict=True)]
     assert max(gap) > 1e-4
 
 
-def test_coefficients_and_the_reference_move_resume_exactly_and_compile_nothing():
+def test_an_entropy_bonus_that_is_off_goes_on_with_its_coefficient():
+    moving = {"adaptive_entropy": {"target": 1.0, "delta": 0.25}, "loss": {"entropy_coef": 0.5}}
+    controllers, again = (Controllers(config_for("grpo", algorithm=moving)) for _ in range(2))
+    controllers.advance({"entropy": 3.0}, 16)
+    assert float(controllers.dials.entropy_coef) == 0  # above the target
+    again.restore(json.loads(json.dumps(controllers.state())))
+    for each in (controllers, again):
+        each.advance({"entropy": 0.5}, 16)
+        assert float(each.dials.entropy_coef) == 0.5  # a step down, and one up again
+
+
+@pytest.fixture(scope="module")
+def moving():
+    """A config in which everything moves that can, and its learner, compiled once."""
     tables = {
         "adaptive_kl": {"target": 1e-4, "horizon": 40.0},
         "adaptive_entropy": {"target": 9.0, "delta": 0.25},
         "reference_follow": {"every": 1, "alpha": 0.25},
     }
     config = config_for("grpo", algorithm=tables | {"loss": {"entropy_coef": 0.125}})
+    return config, learning_for(config).learner
+
+
+def test_coefficients_and_the_reference_move_resume_exactly_and_compile_nothing(moving):
+    config, learner = moving
     learning = learning_for(config)
+    learning.learner = learner
     start = jax.tree.map(np.asarray, copied(learning.state))
     assert learning.reference is None and learning.controllers.dials == (np.float32(0.04), np.float32(0))
     _, first = learning.train(collected_for(config, 0))
@@ -105,9 +141,10 @@ def test_coefficients_and_the_reference_move_resume_exactly_and_compile_nothing(
     jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(np.asarray, learning.state))
 
 
-def test_a_step_in_which_no_group_counts_changes_nothing():
-    config = config_for("grpo", algorithm={"adaptive_kl": {"target": 1.0}, "reference_follow": {"every": 1}})
+def test_a_step_in_which_no_group_counts_changes_nothing(moving):
+    config, learner = moving
     learning = learning_for(config)
+    learning.learner = learner
     learning.train(collected_for(config))
     before, record = jax.tree.map(np.asarray, copied(learning.state)), learning.controllers.state()
     _, figures = learning.train(collected_for(config, counted=[False] * 4))
@@ -153,6 +190,9 @@ def test_a_users_own_advantage_and_surrogate_train_like_those_they_repeat(own):
         assert np.abs(batch.scored.advantages).max() > 0.1
         updates.append(moved(before, learning.state))
     assert_same_update(*updates)
+    (part,), _ = learning._pack(batch)
+    old, new = (np.asarray(learning.learner.logprobs(params, part)) for params in (before.params, learning.params))
+    assert ((new - old) * part.advantages).sum() > 1e-3  # what was rewarded is likelier now
 
 
 @pytest.mark.parametrize(
@@ -171,3 +211,16 @@ def test_own_functions_are_refused_by_field_before_anything_is_compiled(own, alg
     with CompileLog() as compiles, pytest.raises(ValueError, match=said):
         learning_for(config_for("bnpo", algorithm=algorithm))
     assert compiles.count == 0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_coefficients_stay_where_a_step_has_no_finite_figure(broken):
+    tables = {"adaptive_kl": {"target": 1.0}, "adaptive_entropy": {"target": 1.0}}
+    controllers = Controllers(config_for("grpo", algorithm=tables))
+    controllers.advance({"kl_per_sequence": 2.0, "entropy": 0.5}, 16)
+    before = controllers.state()
+    controllers.advance({"kl_per_sequence": broken, "entropy": broken}, 16)
+    assert controllers.state() == before and all(map(math.isfinite, controllers.figures.values()))
+    controllers.kl_coef = 3.4e38
+    controllers.advance({"kl_per_sequence": 9.0, "entropy": 0.5}, 16)
+    assert math.isfinite(controllers.figures["kl_coef"])

@@ -34,7 +34,12 @@ def digits_are_rare(prompts, completions, completion_ids, **columns):
     return [float(any(c.isdigit() for c in text)) for text in completions]
 
 
-@pytest.fixture(scope="module", params=CUTS.values(), ids=CUTS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(cut, marks=pytest.mark.slow if name == "cut anew" else [], id=name) for name, cut in CUTS.items()
+    ],
+)
 def seen(request, tmp_path_factory):
     """Live bytes above those before the run, at each view made, each segment of decoding and each update."""
     directory = tmp_path_factory.mktemp("memory")

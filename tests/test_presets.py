@@ -26,7 +26,13 @@ def shared_compiles():
         yield
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+SPAN = ("grpo", "dr_grpo", "gspo", "ppo", "reinforce_pp")
+"""A preset for each mechanism: reference, constant length, ratio of sequences, critic, KL in the reward."""
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[] if name in SPAN else pytest.mark.slow) for name in PRESETS]
+)
 def test_a_step_is_the_same_on_eight_devices_in_microbatches_and_resumes_exactly(preset):
     updates, figures = [], []
     for devices, rows in CUTS.values():

@@ -9,6 +9,7 @@ import pytest
 
 import grpo_jax
 from grpo_jax.callbacks import Callback
+from grpo_jax.cli import QUICKSTART, parse
 from grpo_jax.config import TrainConfig
 from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import read_json_lines
@@ -27,7 +28,7 @@ def share_of_digits(prompts, completions, completion_ids, **columns):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
 
 
 def config_for(output_dir, **tables) -> TrainConfig:
@@ -45,12 +46,17 @@ def config_for(output_dir, **tables) -> TrainConfig:
     return TrainConfig.from_tables(base)
 
 
-def train(checkpoint, output_dir, rewards=share_of_digits, **tables):
+def train(checkpoint, output_dir, rewards=share_of_digits, callbacks=(), **tables):
     config = config_for(output_dir, **tables)
-    trainer = grpo_jax.Trainer(
-        model=checkpoint, reward_funcs=rewards, train_dataset=ROWS[:20], eval_dataset=ROWS[20:], config=config
-    )
+    trainer = grpo_jax.Trainer(checkpoint, rewards, ROWS[:20], ROWS[20:], config=config, callbacks=callbacks)
     return trainer, trainer.train()
+
+
+class Enough(Callback):
+    """Ends a run where it would begin to sample: everything is checked and opened, nothing compiled."""
+
+    def on_start(self, run):
+        raise RuntimeError("enough")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +115,7 @@ def test_completions_are_logged_with_rewards_and_advantages(run):
         assert row["prompt"] in {r["prompt"] for r in ROWS}
 
 
+@pytest.mark.slow
 def test_training_raises_the_reward(checkpoint, tmp_path):
     more = {"rollout": {"prompts_per_step": 8, "num_samples": 8, "max_new_tokens": 6}, "optim": {"learning_rate": 1e-2}}
     train(
@@ -152,12 +159,13 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(
     ("tables", "passes", "updates"),
     [
-        ({"algorithm": {"preset": "bnpo"}}, 0, 2),
+        pytest.param({"algorithm": {"preset": "bnpo"}}, 0, 2, marks=pytest.mark.slow),
         ({"algorithm": {"preset": "grpo"}}, 2, 2),
-        (
+        pytest.param(
             {"algorithm": {"preset": "bnpo"}, "optim": {"minibatches": 2, "epochs": 2}, "batch": {"rows": "padded"}},
             4,
             8,
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -212,7 +220,8 @@ def test_refuses_a_directory_of_another_run_and_shows_the_difference(run, checkp
 def test_a_run_that_never_began_does_not_block_its_directory(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         train(tmp_path / "wrong", tmp_path / "run", steps=1)
-    train(checkpoint, tmp_path / "run", steps=1, eval={"samples": 0})
+    with pytest.raises(RuntimeError, match="enough"):
+        train(checkpoint, tmp_path / "run", callbacks=[Enough()], steps=1, eval={"samples": 0})
     assert TrainConfig.from_toml(tmp_path / "run" / "config.toml").model.path == str(checkpoint)
 
 
@@ -256,11 +265,13 @@ def test_the_record_describes_what_was_handed_in(checkpoint, tmp_path):
     assert trainer.config.data.train == f"<{len(ROWS)} rows>" and trainer.config.data.eval is None
     assert trainer.config.reward.functions[0].endswith(":share_of_digits")
     assert Path(trainer.config.output_dir) == tmp_path
+    weights = {"many.jsonl": 1, "few.jsonl": 3}
+    assert grpo_jax.Trainer(checkpoint, train_dataset=weights, config=trainer.config).config.data.train == weights
 
 
 def test_held_out_prompts_of_the_config_hold_beside_rows(checkpoint, tmp_path):
     config = config_for(tmp_path, data={"eval": "held_out.jsonl"})
-    trainer = grpo_jax.Trainer(model=checkpoint, train_dataset=ROWS, config=config)
+    trainer = grpo_jax.Trainer(checkpoint, share_of_digits, ROWS, config=config)
     assert trainer.config.data.eval == "held_out.jsonl"
 
 
@@ -270,11 +281,25 @@ def test_a_callback_that_is_none_is_refused_at_once(checkpoint, callback):
         grpo_jax.Trainer(model=checkpoint, train_dataset=ROWS, callbacks=[callback])
 
 
-def test_a_run_that_died_before_its_first_checkpoint_says_that_it_begins_anew(checkpoint, tmp_path, capsys):
-    class Enough(Callback):
-        def on_start(self, run):
-            raise RuntimeError("enough")
+def test_own_model_and_data_are_not_judged_by_the_shipped_reward_unless_it_is_named(checkpoint, tmp_path):
+    own = {"model": {"path": str(checkpoint)}, "data": {"train": "own.jsonl"}}
+    for arguments in (
+        {"model": checkpoint, "train_dataset": ROWS},
+        {"config": config_for(tmp_path, **own)},
+        {"config": config_for(tmp_path, **own, reward={"weights": [1.0]})},
+        {"config": parse([f"--model.path={checkpoint}", "--data.train=own.jsonl"])[0]},
+        {"config": parse([str(QUICKSTART), f"--model.path={checkpoint}", "--data.train=own.jsonl"])[0]},
+    ):
+        with pytest.raises(
+            ValueError, match=r"^reward\.functions: got none for a model and data of your own, .* Name "
+        ):
+            grpo_jax.Trainer(**arguments)
+    named = config_for(tmp_path, **own, reward={"functions": ["quickstart"]})
+    for arguments in ({"config": named}, {"model": checkpoint}, {"train_dataset": ROWS}, {}):
+        assert grpo_jax.Trainer(**arguments).config.reward.functions == ("quickstart",)
 
+
+def test_a_run_that_died_before_its_first_checkpoint_says_that_it_begins_anew(checkpoint, tmp_path, capsys):
     config = config_for(tmp_path / "run", log={"quiet": False, "report": False})
     trainer = grpo_jax.Trainer(checkpoint, share_of_digits, ROWS, config=config, callbacks=[Enough()])
     anew = f"no checkpoint yet in {tmp_path / 'run'}: begins anew"
@@ -293,6 +318,7 @@ def test_contract_13_what_cannot_work_is_said_before_anything_is_compiled(checkp
         train(checkpoint, tmp_path / "run", rollout={"max_new_tokens": 1_000_000})
 
 
+@pytest.mark.slow
 def test_a_model_that_broke_ends_the_run(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="log-probabilities are not finite"):
         train(checkpoint, tmp_path / "run", steps=20, optim={"learning_rate": 1e38, "max_grad_norm": None})
@@ -303,7 +329,8 @@ def test_prompts_that_are_too_long_are_counted_and_said(checkpoint, tmp_path, ca
         tmp_path / "run", steps=1, data={"max_prompt_len": 4}, log={"quiet": False}, eval={"samples": 0}
     )
     rows = [*ROWS[:8], {"prompt": "10+10=", "answer": "20"}]
-    grpo_jax.Trainer(model=checkpoint, reward_funcs=share_of_digits, train_dataset=rows, config=config).train()
+    with pytest.raises(RuntimeError, match="enough"):
+        grpo_jax.Trainer(checkpoint, share_of_digits, rows, config=config, callbacks=[Enough()]).train()
     assert "1 of 9 prompts are longer than data.max_prompt_len" in capsys.readouterr().out
 
 
@@ -332,16 +359,23 @@ def test_a_run_can_be_made_longer(checkpoint, tmp_path):
     assert TrainConfig.from_toml(tmp_path / "longer" / "config.toml").steps == 4
     with pytest.raises(ValueError, match="steps: 4 -> 3"):
         train(checkpoint, tmp_path / "longer", steps=3, **tables)
+    lines = (tmp_path / "longer" / "metrics.jsonl").read_bytes()
+    train(checkpoint, tmp_path / "longer", steps=4, **tables)  # it has ended: nothing changes
+    assert (tmp_path / "longer" / "metrics.jsonl").read_bytes() == lines
+    assert (tmp_path / "longer" / "hf" / "model.safetensors").read_bytes() == weights[0]
 
 
 def test_a_run_whose_learning_rate_ends_cannot_be_made_longer(checkpoint, tmp_path):
     tables = {"eval": {"samples": 0, "every": None}, "optim": {"schedule": "linear"}}
-    train(checkpoint, tmp_path / "run", steps=1, **tables)
+    with pytest.raises(RuntimeError, match="enough"):
+        train(checkpoint, tmp_path / "run", callbacks=[Enough()], steps=1, **tables)
     with pytest.raises(ValueError, match="steps: 1 -> 2"):
         train(checkpoint, tmp_path / "run", steps=2, **tables)
 
 
-@pytest.mark.parametrize("handed_in", [False, True], ids=["by its config", "from Python"])
+@pytest.mark.parametrize(
+    "handed_in", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["by its config", "from Python"]
+)
 def test_a_mixture_of_files_trains_by_its_weights_and_goes_on(handed_in, checkpoint, tmp_path):
     weights, rows = {}, {"many": ROWS[:20], "few": [{"prompt": "1+1=", "answer": "2"}]}
     for (name, part), weight in zip(rows.items(), (1, 3), strict=True):

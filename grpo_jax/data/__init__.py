@@ -6,7 +6,7 @@ A run calls ``resolve_model``, ``load_tokenizer``, ``stop_ids``, ``training_prom
 from grpo_jax.data.chat import PromptFormat, decode, encode, load_tokenizer, read_template, stop_ids
 from grpo_jax.data.places import resolve_model
 from grpo_jax.data.prompt_set import PromptSet
-from grpo_jax.data.prompts import PromptStream, digest, held_out_prompts, training_prompts
+from grpo_jax.data.prompts import PromptStream, held_out_prompts, training_prompts
 from grpo_jax.data.sources import describe, load_dataset
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "PromptStream",
     "decode",
     "describe",
-    "digest",
     "encode",
     "held_out_prompts",
     "load_dataset",

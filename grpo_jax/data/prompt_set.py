@@ -1,12 +1,14 @@
 """One dataset's prompts as token ids, and what is to be known of them before a run. Host only."""
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from grpo_jax.data.chat import PromptFormat, shown
 from grpo_jax.data.sources import NOTHING, Row, check_rows, find_column
 from grpo_jax.data.template import TemplateFault
-from grpo_jax.rewards.travel import why_it_stays
+from grpo_jax.rewards.travel import plain, why_it_stays
 from grpo_jax.types import Prompt
 
 NAMED = 5
@@ -80,6 +82,14 @@ class PromptSet:
     def report(self) -> str:
         """``reports``, a line each; "" where there are none."""
         return "\n".join(self.reports)
+
+    def digest(self) -> str:
+        """SHA-256 of what its rows say, prompts and columns, in their order, whatever the tokenizer is."""
+        whole = hashlib.sha256(f"{self.row_count}\n".encode())
+        for prompt in self.prompts:
+            row = [prompt.request_id, prompt.text, prompt.columns]
+            whole.update(json.dumps(row, sort_keys=True, default=_stable).encode() + b"\n")
+        return whole.hexdigest()
 
     def check_tokens(self, vocab: int) -> None:
         """Refuse a prompt that the model has no embedding for.
@@ -166,3 +176,11 @@ def _dated(form: PromptFormat) -> list[str]:
         f"the chat template writes the date into every prompt: {shown(form.date)} for all of this run, recorded when "
         "it began; a date of your own is an argument of most such templates (data.chat_template_kwargs)"
     ]
+
+
+def _stable(value: Any) -> Any:
+    """What stands for a value in `digest`; of one without a form in JSON its type, as its address would change."""
+    try:
+        return plain(value)
+    except TypeError:
+        return value.hex() if isinstance(value, bytes) else type(value).__qualname__

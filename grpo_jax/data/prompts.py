@@ -1,7 +1,6 @@
 """Prompts as token ids, and the order in which a run draws them. Host only."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -15,7 +14,6 @@ from grpo_jax.data.prompt_set import PromptSet
 from grpo_jax.data.sources import Kind, load_dataset
 from grpo_jax.data.template import TemplateFault
 from grpo_jax.functions import nearest
-from grpo_jax.rewards.travel import plain
 from grpo_jax.types import Prompt
 
 BLOCK = 4096
@@ -86,6 +84,11 @@ class PromptStream:
     def __len__(self) -> int:
         """Prompts that can be drawn; with one dataset, those of an epoch."""
         return len(self._kept)
+
+    def digest(self) -> str:
+        """SHA-256 of what the rows of all datasets say."""
+        each = [part.digest() for part in self.sets]
+        return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
     def next(self, count: int | None = None) -> list[Prompt]:
         """The next ``count`` prompts; None is ``prompts_per_step``."""
@@ -173,20 +176,6 @@ class _Choices:
             places[chosen] = self._taken[number] + np.arange(chosen.sum())
             self._taken[number] += chosen.sum()
         self._numbers, self._places = np.append(self._numbers, numbers), np.append(self._places, places)
-
-
-def digest(prompts: PromptSet | PromptStream) -> str:
-    """A fingerprint of the rows: their order, prompts and columns, whatever the tokenizer and the chat template are.
-
-    Where it differs, another run than the one that was recorded would be gone on with.
-    """
-    found = hashlib.sha256()
-    for part in prompts.sets if isinstance(prompts, PromptStream) else (prompts,):
-        found.update(f"{part.row_count}\n".encode())
-        for prompt in part.prompts:
-            row = [prompt.request_id, prompt.text, prompt.columns]
-            found.update(json.dumps(row, sort_keys=True, default=_stable).encode())
-    return found.hexdigest()
 
 
 def training_prompts(
@@ -285,11 +274,3 @@ def _check_names(config: TrainConfig, sets: Sequence[PromptSet]) -> None:
 
 def _is_mixture(source: Any) -> bool:
     return isinstance(source, Mapping) and all(isinstance(weight, int | float) for weight in source.values())
-
-
-def _stable(value: Any) -> Any:
-    """What stands for a value in `digest`; of one without a form in JSON its type, as its address would change."""
-    try:
-        return plain(value)
-    except TypeError:
-        return value.hex() if isinstance(value, bytes) else type(value).__qualname__

@@ -41,11 +41,11 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def rows(request, tmp_path_factory):
-    """metrics.jsonl and completions.jsonl of a run of two steps."""
+def rows(request, tmp_path_factory, one_device):
+    """metrics.jsonl and completions.jsonl of a run of a step."""
     place = tmp_path_factory.mktemp(request.param)
     tables = {
-        "steps": 2,
+        "steps": 1,
         "output_dir": str(place / "run"),
         "compilation_cache": None,
         "rollout": {"prompts_per_step": 4, "num_samples": 2, "max_new_tokens": 4},
@@ -53,7 +53,7 @@ def rows(request, tmp_path_factory):
         **RUNS[request.param],
     }
     grpo_jax.Trainer(
-        model=tiny_checkpoint(place / "model"),
+        model=tiny_checkpoint(place / "model", num_hidden_layers=1),
         reward_funcs=digits,
         train_dataset=ROWS,
         eval_dataset=ROWS[:2],
@@ -68,6 +68,7 @@ def test_every_figure_of_a_run_is_explained(rows):
     unknown = {name for row in metrics for name in row if not any(fnmatchcase(name, p) for p in patterns)}
     assert unknown == {"digit_count"}  # what the reward function calls its own
     assert {key for row in completions for key in row} <= LINE_KEYS
+    assert any(row["advantage"] != 0 for row in completions)
 
 
 def test_no_figure_is_explained_that_no_code_writes():

@@ -167,12 +167,13 @@ def test_arguments_of_the_template_and_a_template_of_ones_own(tmp_path):
     [
         ("{q} Put it in \\boxed{}.", "1+1? Put it in \\boxed{}."),
         ("{q} {{q}} {n} {numbers}", "1+1? {q} 2 [1, 2]"),
-        ("{of.it} {.q}", "5 {.q}"),
+        ("{of.it} {.q}{nought}", "5 {.q}0"),
         ("plain { q }", "plain { q }"),
     ],
 )
 def test_a_prompt_made_of_columns(template, made):
-    assert form(prompt_template=template).prompt({"q": "1+1?", "n": 2, "numbers": [1, 2], "of": {"it": 5}}) == made
+    row = {"q": "1+1?", "n": 2, "numbers": [1, 2], "nought": 0, "of": {"it": 5}}
+    assert form(prompt_template=template).prompt(row) == made
 
 
 @pytest.mark.parametrize("name", ["answer", "none"])

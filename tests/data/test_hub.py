@@ -126,6 +126,7 @@ def test_models_by_hub_id_then_offline_from_the_cache(home):
     assert "http://127.0.0.1:9 cannot be reached; check the network" in said[1]
 
 
+@pytest.mark.slow
 def test_datasets_by_hub_id(home):
     pytest.importorskip("datasets")
     names = ["owner/maths/main:train", "owner/maths/main:test", "owner/maths/main:train[1:]", "owner/maths/other"]
@@ -150,6 +151,25 @@ def test_datasets_by_hub_id(home):
         "dataset 'owner/absent' is no file here, and it is not in the hub's cache, while HF_HUB_OFF"
     )
     assert "Unknown split" in said[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("owner/maths/main:train[1:]", ("owner/maths", "main", "train[1:]")),
+        ("owner/maths/other", ("owner/maths", "other", None)),
+        ("owner/single:test", ("owner/single", None, "test")),
+    ],
+)
+def test_a_hub_dataset_is_asked_for_by_its_parts(monkeypatch, name, asked):
+    datasets, seen = pytest.importorskip("datasets"), []
+
+    def load(path, name=None, *, split=None, **_):
+        seen.append((path, name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_dataset(name, prompt_column="question") == ROWS and seen == [asked]
 
 
 def test_a_hub_out_of_reach_is_told_of_once(monkeypatch, caplog):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.config import TrainConfig
-from grpo_jax.data import PromptSet, PromptStream, digest, held_out_prompts, training_prompts
+from grpo_jax.data import PromptSet, PromptStream, held_out_prompts, training_prompts
 
 from .cases import TOKENIZER, ids, make_tokenizer
 
@@ -80,6 +80,9 @@ def test_the_order_depends_on_seed_and_epoch_and_is_the_same_everywhere():
 def test_filtering_keeps_the_order_and_the_request_ids_of_the_rest():
     whole = draw(stream(11, 11), 2)
     assert draw(stream(11, 1, max_prompt_len=6), 12) == [request for request in whole if request % 11 < 6]
+    long_first = [{"prompt": "x" * (11 - i)} for i in range(11)]
+    rest = PromptStream([PromptSet(long_first, TOKENIZER, 6)], seed=5, prompts_per_step=12)
+    assert draw(rest, 1) == [request for request in whole if request % 11 >= 5]
 
 
 def test_all_too_long_says_how_long():
@@ -259,7 +262,7 @@ def test_what_cannot_be_sampled_from_or_sent_is_said_by_its_row():
 
 def test_a_digest_tells_other_rows():
     def of(rows, tokenizer=TOKENIZER, **more):
-        return digest(PromptSet(rows, tokenizer, **more))
+        return PromptSet(rows, tokenizer, **more).digest()
 
     assert of(ROWS) == of([dict(reversed(row.items())) for row in ROWS]) == of(ROWS, make_tokenizer(bos=True))
     other = [ROWS[::-1], ROWS[:2], [*ROWS[:2], ROWS[2] | {"when": None}], [*ROWS[:2], ROWS[2] | {"prompt": "b"}]]
@@ -267,7 +270,7 @@ def test_a_digest_tells_other_rows():
     images = [{"prompt": "\N{SNOWMAN}", "image": object(), "half": "\ud83d"}]
     assert of(images) == of([images[0] | {"image": object()}])
     stream = training_prompts(config(), TOKENIZER, ROWS)
-    assert digest(stream) == of(ROWS)
+    assert stream.digest() == of(ROWS)
 
 
 def test_tokens_that_double_or_end_a_prompt_are_said():

@@ -125,8 +125,10 @@ def meets_others(completions, **columns):
     return [1.0] * len(completions)
 
 
-def slow_per_row(completions, **columns):
-    time.sleep(0.25 * len(completions))
+def slow_for_many(completions, **columns):
+    """More than seven rows take it for ever."""
+    if len(completions) > 7:
+        time.sleep(3600)
     return [1.0] * len(completions)
 
 
