@@ -53,7 +53,7 @@ def test_a_decision_is_kept_once_the_run_has_begun(tmp_path: Path):
 
 
 def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):
-    checkpoint, slots = tiny_checkpoint(tmp_path / "model"), []
+    checkpoint, slots = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1), []
     shapes = ContinuousEngine.shapes
 
     def seen(self, *call):
@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):
         rewards = lambda prompts, completions, completion_ids, **_: [float(len(c) % 3) for c in completions]  # noqa: E731
         grpo_jax.Trainer(model=checkpoint, reward_funcs=rewards, train_dataset=ROWS, config=config).train()
 
-    model = tiny_model()[0]
+    model = tiny_model(num_hidden_layers=1)[0]
     one = 22 * sum(8 * layer.kv_heads * layer.head_dim for layer in model.spec.layers)
     run(1, one)  # on each of 8 devices
     begun = set(slots)
