@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def prune(root: Path) -> None:
-    """Delete what was written longest ago, until MAX_BYTES are left, and halves that a killed process left behind."""
+    """Delete what was written longest ago, until at most MAX_BYTES are left."""
     found = []
     for path in root.rglob("*"):
         try:

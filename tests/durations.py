@@ -1,4 +1,4 @@
-"""Where the time of each test goes: a pytest plugin, registered by conftest.py; scripts/test_durations.py shows it.
+"""Where the time of each test goes: a pytest plugin, registered by conftest.py; scripts/show_durations.py shows it.
 
 For each test: its wall time with its fixtures, the processor time of its process, and the seconds spent tracing and
 lowering for XLA, compiling (or reading a program from the cache), waiting for processes it had started, and sleeping;

@@ -73,7 +73,7 @@ def test_what_is_not_trained_stays_in_the_context(kind):
     rollout = make_rollout([3, 5], [4, LIMIT, 0, 2], 2)
     mask = rollout.completion_mask & (rollout.finish != "length")[:, None]
     batch = pack(rollout, np.ones(4, np.float32), mask, layout_of(kind, rollout))
-    assert batch.mask.sum() == 6
+    assert batch.mask.sum() == 6 and (batch.sample_ids >= 0).sum() == rollout.completion_len.sum()
     assert set(rollout.tokens[rollout.completion_mask]) <= set(batch.tokens[batch.segment_ids > 0])
 
 
@@ -83,6 +83,11 @@ def test_packing_uses_fewer_rows_and_group_holds_a_prompt_once():
     used = {kind: int((batch.segment_ids > 0).any(1).sum()) for kind, batch in rows.items()}
     assert used == {"padded": 16, "packed": 8, "group": 4}
     assert all((rows["group"].tokens == 10_000 * q).sum() == 1 for q in range(1, 5))
+    rollout = make_rollout(
+        [5], [0, 1, 3, 2], 4
+    )  # with their prompt 5, 6, 8 and 7: two rows of 13 where long ones go first
+    batch = pack(rollout, np.ones(4), rollout.completion_mask, layout_of("packed", rollout, row_len=13))
+    assert (batch.segment_ids > 0).any(1).sum() == 2
 
 
 def test_a_group_too_large_for_a_row_takes_several_and_rows_are_filled():

@@ -52,6 +52,20 @@ def test_a_decision_is_kept_once_the_run_has_begun(tmp_path: Path):
     assert rundir.decided(tmp_path, {"rollout.slots": 9}) == {"rollout.slots": 5}
 
 
+def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path: Path):
+    assert rundir.newest_checkpoint(tmp_path) is None
+    for name in ("9", "10", "11.orbax-checkpoint-tmp"):
+        (tmp_path / rundir.CHECKPOINTS / name).mkdir(parents=True)
+    assert rundir.newest_checkpoint(tmp_path) == 10
+
+
+def test_what_a_run_computes_on_is_noted_where_it_changes(tmp_path: Path):
+    note = lambda step, version: rundir.note_environment(tmp_path, step, {"jax": version, "os": "x"})  # noqa: E731
+    assert [note(0, "1"), note(2, "2"), note(4, "2"), note(6, "1")] == [[], ["jax: 1 -> 2"], [], ["jax: 2 -> 1"]]
+    noted = json.loads((tmp_path / rundir.ENVIRONMENT).read_text())
+    assert [(row["from_step"], row["jax"]) for row in noted] == [(0, "1"), (2, "2"), (6, "1")]
+
+
 def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):
     checkpoint, slots = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1), []
     shapes = ContinuousEngine.shapes

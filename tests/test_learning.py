@@ -1,12 +1,14 @@
 """What a step does around the update: which passes run, what is picked, what moves on, and functions of the user's."""
 
 import json
+import math
 
 import jax
 import numpy as np
 import pytest
 from learning_cases import assert_same_update, collected_for, config_for, copied, learning_for, moved
 
+from grpo_jax.learner.dials import Controllers
 from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import CompileLog
 
@@ -88,6 +90,17 @@ def test_contract_5_what_a_statistic_picks_is_of_the_whole_step_for_any_rows_and
     assert figures[0]["policy_loss"] == pytest.approx(figures[1]["policy_loss"], abs=1e-6)
     gap = [np.abs(a - b).max() for a, b in zip(unpicked, updates[0], strict=True)]
     assert max(gap) > 1e-4
+
+
+def test_an_entropy_bonus_that_is_off_goes_on_with_its_coefficient():
+    moving = {"adaptive_entropy": {"target": 1.0, "delta": 0.25}, "loss": {"entropy_coef": 0.5}}
+    controllers, again = (Controllers(config_for("grpo", algorithm=moving)) for _ in range(2))
+    controllers.advance({"entropy": 3.0}, 16)
+    assert float(controllers.dials.entropy_coef) == 0  # above the target
+    again.restore(json.loads(json.dumps(controllers.state())))
+    for each in (controllers, again):
+        each.advance({"entropy": 0.5}, 16)
+        assert float(each.dials.entropy_coef) == 0.5  # a step down, and one up again
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +211,16 @@ def test_own_functions_are_refused_by_field_before_anything_is_compiled(own, alg
     with CompileLog() as compiles, pytest.raises(ValueError, match=said):
         learning_for(config_for("bnpo", algorithm=algorithm))
     assert compiles.count == 0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_coefficients_stay_where_a_step_has_no_finite_figure(broken):
+    tables = {"adaptive_kl": {"target": 1.0}, "adaptive_entropy": {"target": 1.0}}
+    controllers = Controllers(config_for("grpo", algorithm=tables))
+    controllers.advance({"kl_per_sequence": 2.0, "entropy": 0.5}, 16)
+    before = controllers.state()
+    controllers.advance({"kl_per_sequence": broken, "entropy": broken}, 16)
+    assert controllers.state() == before and all(map(math.isfinite, controllers.figures.values()))
+    controllers.kl_coef = 3.4e38
+    controllers.advance({"kl_per_sequence": 9.0, "entropy": 0.5}, 16)
+    assert math.isfinite(controllers.figures["kl_coef"])

@@ -1,6 +1,7 @@
 """What a run records: lines that survive any text, whole groups, the text of each token."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,16 @@ from callbacks.synthetic import NAMES, Words, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.metrics import JsonLines, Phases, TokenTexts, completion_rows, prompt_text, read_json_lines, scalars
+from grpo_jax.metrics import (
+    JsonLines,
+    Phases,
+    TokenTexts,
+    completion_rows,
+    prompt_text,
+    read_json_lines,
+    reward_metrics,
+    scalars,
+)
 
 SEPARATORS = "a\u2028b\x85c\x0bd\x0ce\x1cf\u2029\r\n"
 
@@ -59,6 +69,17 @@ def test_groups_that_only_fill_the_batch_are_left_out():
     rows = completion_rows(3, step.prompts, step.rollout, step.scored, NAMES, 5)
     assert [row["group"] for row in rows] == [1] * 4 + [2] * 4
     assert rows[0]["completion"] == step.scored.completions[4]
+
+
+def test_figures_of_rewards_are_of_what_was_scored():
+    step = step_of(3)
+    reward = step.scored.reward + 2.0
+    scored = np.ones_like(step.scored.scored)
+    scored[0, :2] = False
+    reward[0, :2] = 0.0  # what stands where nothing was scored
+    figures = reward_metrics(NAMES, replace(step.scored, reward=reward, scored=scored))
+    assert figures["reward"] == pytest.approx(reward[scored].mean()) != pytest.approx(reward.mean())
+    assert figures["reward_std"] == pytest.approx(reward[scored].std())
 
 
 def test_tokens_spell_the_completion_and_have_their_log_probs():
@@ -144,3 +165,13 @@ def test_phases_are_counted_by_step_and_in_all(monkeypatch):
     with phases("a"):
         pass
     assert dict(phases.total) == {"a": 9.0, "b": 2.0} and phases.take_step() == {"a": 3.0}
+
+
+def test_completions_without_a_reward_are_counted_in_all_and_by_function():
+    scored = step_of(3).scored
+    by_function = np.nan_to_num(scored.by_function)
+    by_function[0, :3] = by_function[1, 2:4] = np.nan
+    valid = np.isfinite(by_function).any(0).reshape(scored.scored.shape)
+    row = reward_metrics(NAMES, replace(scored, by_function=by_function, scored=valid))
+    assert (row["unscored"], *(row[f"rewards/{name}/unscored"] for name in NAMES)) == (1, 3, 2)
+    assert row[f"rewards/{NAMES[0]}/mean"] == pytest.approx(by_function[0, 3:].mean())

@@ -193,14 +193,17 @@ def test_errors_and_losses_name_the_row_in_the_whole_batch():
     def refuses(completions, **columns):
         return [1 / (len(text) - 3) for text in completions]
 
-    with (
-        RewardPool([refuses], stream=["refuses"]) as pool,
-        pool.begin() as scoring,
-        pytest.raises(ValueError, match="reward 'refuses', row 5: raised ZeroDivisionError"),
-    ):
-        scoring.add(4, rows_of(["a", "abc"]))
-    hostile = f"{Path(__file__).parent / 'rewards' / 'hostile.py'}:obey"
-    with RewardPool([hostile], stream=["obey"]) as pool, pool.begin() as scoring:
+    hostile = Path(__file__).parent / "rewards" / "hostile.py"
+    for function, name in [(refuses, "refuses"), (f"{hostile}:divides", "divides")]:
+        with (
+            RewardPool([function], stream=[name]) as pool,
+            pool.begin() as scoring,
+            pytest.raises(ValueError, match=f"reward '{name}', row 5: raised ZeroDivisionError"),
+        ):
+            scoring.add(4, rows_of(["a", "abc"]))
+            scoring.add(0, rows_of(["a"] * 4))
+            scoring.finish(rows_of(["a"] * 5 + ["abc"]))
+    with RewardPool([f"{hostile}:obey"], stream=["obey"]) as pool, pool.begin() as scoring:
         texts = ["a", "exit", "ab", "abc"]
         scoring.add(2, rows_of(texts[2:]))
         scoring.add(0, rows_of(texts[:2]))

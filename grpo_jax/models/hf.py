@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -290,15 +290,22 @@ def _write_tensors(
     return [*names, INDEX]
 
 
-def _gatherer(model: Model, params: Params) -> Callable[[Tensor], np.ndarray]:
-    """A function that gives a tensor, whole on this host."""
-    whole, leaves = NamedSharding(model.compute.mesh, PartitionSpec()), jax.tree.leaves(params)
+@lru_cache
+def _picker(mesh: Mesh) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """One function for all saves of a process, so that only the first compiles."""
 
-    @partial(jax.jit, out_shardings=whole)
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def pick(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
         for place in index:
             leaf = jax.lax.dynamic_index_in_dim(leaf, place, 0, keepdims=False)
         return leaf
+
+    return pick
+
+
+def _gatherer(model: Model, params: Params) -> Callable[[Tensor], np.ndarray]:
+    """A function that gives a tensor, whole on this host."""
+    pick, leaves = _picker(model.compute.mesh), jax.tree.leaves(params)
 
     def gather(tensor: Tensor) -> np.ndarray:
         parts = [np.asarray(pick(leaves[leaf], entry.index)).reshape(entry.shape) for leaf, entry in tensor.parts]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import algo
 
-from .cases import x64
+from .cases import fast, x64
 
 SEQUENCES, LONGEST = 11, 13
 FLOATS = ("logp", "old_logp", "advantages", "ref_logp", "sampler_logp", "entropy")
@@ -51,7 +51,18 @@ CONFIGS = {
     **{name: algo.LossConfig.preset(name) for name in sorted(algo.PRESETS)},
     **{name: algo.LossConfig(**{"max_completion_len": 13, **o}) for name, o in {**STEP_STATISTICS, **TOGETHER}.items()},
 }
-every_config = pytest.mark.parametrize("name", CONFIGS)
+SPANNING = (
+    "ppo",
+    "gspo",
+    "dapo",
+    "clip_cov",
+    "kl_cov with ties",
+    "sequence level with everything",
+    "vespo with icepop",
+    "gmpo, geo_mask",
+)
+"""Every ratio level, aggregation, correction and statistic of the step in eight configs: the fast set's."""
+every_config = pytest.mark.parametrize("name", fast(CONFIGS, SPANNING))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +230,7 @@ def test_the_gradient_is_not_nothing(name):
 
 
 @every_config
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_microbatches_row_order_and_padding(name, seed):
     """Four microbatches of four rows, wider than need be, one of them all masked."""
     rows = random_rows(seed, 12)
@@ -230,7 +241,7 @@ def test_microbatches_row_order_and_padding(name, seed):
 
 
 @every_config
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_packing(name, seed):
     """Packed rows in two microbatches; the sequence with nothing trained is in no row and still counts."""
     layout = lay_out(make_sequences(name), random_packing(seed, 4), 29, packed=True)
@@ -252,7 +263,7 @@ def test_denominators_do_not_depend_on_the_layout(name):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", STEP_STATISTICS)
+@pytest.mark.parametrize("name", fast(STEP_STATISTICS, ["clip_cov", "kl_cov with ties", "entropy_top"]))
 def test_a_choice_made_for_the_step_is_cut_like_it(name, packed):
     """With it the denominators need no statistics, and what is not trained is not chosen."""
     rows, width = (random_packing(5, 4), 29) if packed else (random_rows(5, 12), LONGEST + 4)

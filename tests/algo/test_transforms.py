@@ -10,6 +10,8 @@ import pytest
 from grpo_jax import algo
 from grpo_jax.algo import spec
 
+from .cases import fast
+
 Q, G, N, T, F = 3, 4, 12, 5, 2
 DRAWS = {
     "rewards": lambda key: jax.random.normal(key, (Q, G)),
@@ -137,7 +139,12 @@ def test_every_public_function_is_among_the_cases():
     assert functions <= named
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = {"loss gspo", "loss vespo with all", "loss geo_gate packed", "loss clip_cov by key"}
+FAST |= {"advantages gdpo", "advantages pass_at_k", "advantages reinforce_pp", "logprobs chunked"}
+FAST |= {name for name in CASES if name.split()[0] not in ("loss", "advantages", "logprobs")}
+
+
+@pytest.mark.parametrize("name", fast(CASES, FAST))
 def test_jit_vmap_and_checkpoint(name):
     """One compilation serves all calls of these shapes, and equals vmap over seeds and a recomputing pass."""
     function, traces = CASES[name][0], []

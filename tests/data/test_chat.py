@@ -158,11 +158,12 @@ def test_arguments_of_the_template_and_a_template_of_ones_own(tmp_path):
     [
         ("{q} Put it in \\boxed{}.", "1+1? Put it in \\boxed{}."),
         ("{q} {{q}} {n} {numbers}", "1+1? {q} 2 [1, 2]"),
+        ("{q}{nought}", "1+1?0"),
         ("plain { q }", "plain { q }"),
     ],
 )
 def test_a_prompt_made_of_columns(template, made):
-    assert form(prompt_template=template).prompt({"q": "1+1?", "n": 2, "numbers": [1, 2]}) == made
+    assert form(prompt_template=template).prompt({"q": "1+1?", "n": 2, "numbers": [1, 2], "nought": 0}) == made
 
 
 @pytest.mark.parametrize("name", ["answer", "none"])

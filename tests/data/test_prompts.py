@@ -79,6 +79,9 @@ def test_the_order_depends_on_seed_and_epoch_and_is_the_same_everywhere():
 def test_filtering_keeps_the_order_and_the_request_ids_of_the_rest():
     whole = draw(stream(11, 11), 2)
     assert draw(stream(11, 1, max_prompt_len=6), 12) == [request for request in whole if request % 11 < 6]
+    long_first = [{"prompt": "x" * (11 - i)} for i in range(11)]
+    rest = PromptStream([PromptSet(long_first, TOKENIZER, 6)], seed=5, prompts_per_step=12)
+    assert draw(rest, 1) == [request for request in whole if request % 11 >= 5]
 
 
 def test_all_too_long_says_how_long():

@@ -86,6 +86,7 @@ def test_json_lines_as_windows_and_others_write_them(tmp_path):
         ("a.csv", b"", "is empty"),
         ("a.csv", b"prompt,answer\r\n", "is empty"),
         ("a.csv", b"prompt,answer\r\na,b\r\na,b,c\r\n", "a.csv, line 3: 3 fields, but the header has 2"),
+        ("a.csv", b'prompt,answer\r\n"a\r\nb",c\r\n\r\na\r\n', "a.csv, line 5: 1 fields"),
         ("a.csv", b"prompt,prompt\r\na,b\r\n", "repeat a name"),
         ("a.csv", b'prompt\r\n"a"b\r\n', "not CSV"),
         ("a.csv", b"prompt\r\n\xff\r\n", "not UTF-8"),

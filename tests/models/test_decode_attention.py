@@ -1,11 +1,13 @@
 """Attention of one query: every variant equals one softmax over all columns; what is left out changes no bit."""
 
+import itertools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_set import slow_but
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
@@ -38,6 +40,19 @@ CASES = {
     "uneven blocks": {"width": 131, "length": 197},
 }
 PROMPTS, SAMPLES = 3, 2
+CUT, ONE = "window into the prompt, cap", "window of one"
+FAST = {
+    *(("plain", variant) for variant in READERS),
+    *((CUT, variant) for variant in ("dense", "ragged", "pallas")),
+    *((case, "pallas") for case in ("one key head, odd head", "short buffers", "uneven blocks")),
+    ("no groups", "dense"),
+    (ONE, "ragged"),
+    ("uneven blocks", "ragged"),
+}
+"""What "buffered" reads here "dense" does too; its own buffer has a test."""
+
+KEEP, WRITE = (jax.jit(f, static_argnums=0) for f in (Keeper.keep, Keeper.write))
+GROWN, RESIZE = jax.jit(Keeper.grown, static_argnums=0), jax.jit(Keeper.resize, static_argnums=(0, 2))
 
 
 def _keeper(variant, dtype="float32", kept="auto", mesh=None):
@@ -100,8 +115,7 @@ def _step(keeper, q, prompt, prompt_len, own, new, keys, values, start, step, wi
     return keeper.attend(q, Seats(len(prompt_len)), kept, seen[0], parts, softcap), new
 
 
-@pytest.mark.parametrize("variant", READERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "variant"), slow_but(FAST, itertools.product(CASES, READERS)))
 def test_every_variant_equals_one_softmax_over_all_columns(variant, case):
     sizes = dict(CASES[case])
     rules = {name: sizes.pop(name, None) for name in ("window", "softcap")}
@@ -111,8 +125,13 @@ def test_every_variant_equals_one_softmax_over_all_columns(variant, case):
     assert np.abs(got - want).max() < 2e-6
 
 
-@pytest.mark.parametrize("case", ["plain", "window", "window into the prompt, cap", "short buffers"])
-@pytest.mark.parametrize("kept", KV_DTYPES)
+SEGMENTS = itertools.product(KV_DTYPES, ["plain", "window", CUT, "short buffers"])
+
+
+@pytest.mark.parametrize(
+    ("kept", "case"),
+    slow_but({("auto", CUT), ("auto", "short buffers"), ("bfloat16", "window"), ("int8", "plain")}, SEGMENTS),
+)
 def test_a_segments_new_columns_are_kept_apart_and_joined(kept, case):
     """Every step is one softmax over all columns, and afterwards they lie as if each had been written in its place."""
     sizes, steps = dict(CASES[case]), 3
@@ -122,7 +141,7 @@ def test_a_segments_new_columns_are_kept_apart_and_joined(kept, case):
     if kept == "bfloat16":
         prompt, own = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, kept), np.float32), (prompt, own))
     start = np.minimum([0, length - 3, length // 2, 1, 0, length // 3], length - steps).astype(np.int32)
-    growing = keeper.grow(keeper.keep(*own), 4)  # a column is left over
+    growing = keeper.grow(KEEP(keeper, *own), 4)  # a column is left over
     old, new = growing.old, growing.new
     for step in range(steps):
         rows = start + step
@@ -134,37 +153,44 @@ def test_a_segments_new_columns_are_kept_apart_and_joined(kept, case):
     column = np.arange(length)[:, None]
     written = (column >= start[:, None, None, None]) & (column < start[:, None, None, None] + steps)
     other = [np.where(written, 7, x) for x in own]
-    after = keeper.grown(Growing(keeper.keep(*other), new), jnp.asarray(start), np.int32(steps))
-    jax.tree.map(np.testing.assert_array_equal, after, keeper.keep(*own))
+    after = GROWN(keeper, Growing(KEEP(keeper, *other), new), start, np.int32(steps))
+    jax.tree.map(np.testing.assert_array_equal, after, KEEP(keeper, *own))
 
 
 def test_what_is_behind_the_last_column_is_not_joined():
     keeper = _keeper("buffered")
     own = _inputs(length=5)[3]
-    growing = keeper.grow(keeper.keep(*own), 4)
+    growing = keeper.grow(KEEP(keeper, *own), 4)
     full = jax.tree.map(lambda x: x + 1, growing.new)
-    after = keeper.grown(Growing(growing.old, full), jnp.full(6, 3), np.int32(4))
+    after = GROWN(keeper, Growing(growing.old, full), np.full(6, 3, np.int32), np.int32(4))
     want = [x.copy() for x in own]
     for x in want:
         x[:, :, 3:] = 1
-    jax.tree.map(np.testing.assert_array_equal, after, keeper.keep(*want))
+    jax.tree.map(np.testing.assert_array_equal, after, KEEP(keeper, *want))
 
 
-@pytest.mark.parametrize("kept", KV_DTYPES)
-@pytest.mark.parametrize("variant", READERS)
+WRITTEN = {(variant, kept) for variant in ("ragged", "buffered") for kept in KV_DTYPES}
+"""Blocks, and one buffer, as "dense" and "pallas" have it."""
+
+
+@pytest.mark.parametrize(("variant", "kept"), slow_but(WRITTEN, itertools.product(READERS, KV_DTYPES)))
 def test_one_column_for_all_rows_is_written_as_each_rows_own_is(variant, kept):
     keeper = _keeper(variant, kept=kept)
-    own = keeper.keep(*_inputs()[3])
+    own = KEEP(keeper, *_inputs()[3])
     now = [x[:, :, 3] for x in _inputs(seed=1)[3]]
     for column in (0, 63, 64, 199, 200, 300):
-        one = keeper.write(own, *now, jnp.int32(column))
-        jax.tree.map(np.testing.assert_array_equal, one, keeper.write(own, *now, jnp.full(6, column)))
-        changed = any(jax.tree.leaves(jax.tree.map(lambda x, y: (x != y).any(), one, own)))
+        one = WRITE(keeper, own, *now, np.int32(column))
+        jax.tree.map(np.testing.assert_array_equal, one, WRITE(keeper, own, *now, np.full(6, column, np.int32)))
+        changed = any(jax.tree.leaves(jax.tree.map(lambda x, y: (np.asarray(x) != y).any(), one, own)))
         assert changed == (column < 200)
 
 
-@pytest.mark.parametrize("kept", ["auto", "int8"])
-@pytest.mark.parametrize("variant", READERS)
+SPREAD = itertools.product(READERS, ["auto", "int8"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "kept"), slow_but({("ragged", "auto"), ("buffered", "int8"), ("pallas", "int8")}, SPREAD)
+)
 def test_rows_and_heads_over_devices(variant, kept):
     """Two parts of the rows, four of the heads; nothing of the cache moves between devices."""
     q, prompt, prompt_len, own, cache_len = _inputs(kv_heads=4, group=2)
@@ -209,7 +235,7 @@ def test_the_kernel_takes_many_queries_and_columns_and_queries_that_see_nothing(
     np.testing.assert_allclose(total[sees], want.total[sees], rtol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", slow_but({"float32", "int8"}, ["float32", "bfloat16", "int8"]))
 def test_the_kernel_is_one_that_triton_takes(dtype):
     """Lowered for CUDA, which needs no GPU: what only the interpreter knows would fail here."""
     of = jax.ShapeDtypeStruct
@@ -228,8 +254,10 @@ def test_the_kernel_is_one_that_triton_takes(dtype):
     assert "__gpu$xla.gpu.triton" in text
 
 
-@pytest.mark.parametrize("variant", READERS)
-@pytest.mark.parametrize("case", ["plain", "window into the prompt, cap"])
+EIGHT = itertools.product(["plain", CUT], READERS)
+
+
+@pytest.mark.parametrize(("case", "variant"), slow_but({("plain", "pallas"), (CUT, "ragged"), (CUT, "dense")}, EIGHT))
 def test_int8_is_the_softmax_over_what_eight_bits_leave(variant, case):
     rules = [CASES[case].get(name) for name in ("window", "softcap")]
     q, prompt, prompt_len, own, cache_len = _inputs()
@@ -240,7 +268,7 @@ def test_int8_is_the_softmax_over_what_eight_bits_leave(variant, case):
     assert 1e-4 < exact.max() < 0.03
 
 
-@pytest.mark.parametrize("variant", READERS)
+@pytest.mark.parametrize("variant", slow_but({"ragged", "pallas"}, READERS))
 def test_bfloat16_is_near_the_oracle(variant):
     inputs = _inputs()
     got = _attend(_keeper(variant, "bfloat16"), *inputs)
@@ -248,15 +276,15 @@ def test_bfloat16_is_near_the_oracle(variant):
     assert 1e-4 < np.abs(got.astype(np.float32) - _oracle(*inputs)).max() < 0.04
 
 
-@pytest.mark.parametrize("variant", READERS)
+@pytest.mark.parametrize("variant", slow_but({"ragged", "pallas"}, READERS))
 def test_a_row_depends_on_its_own_columns_alone(variant):
     """To the bit: neither on how far its neighbours are, which decides what is left out, nor on what lies beyond."""
     q, prompt, prompt_len, own, cache_len = _inputs()
     alone = np.array([0, 0, cache_len[2], 0, 0, 0], np.int32)
     stale = tuple(np.where(np.arange(200)[:, None] > cache_len[:, None, None, None], 50.0, x) for x in own)
     for window in (None, 9):
-        want = _attend(_keeper(variant), q, prompt, prompt_len, own, cache_len, window)
-        other = _attend(_keeper(variant), q, prompt, prompt_len, stale, alone, window)
+        want = _attend(_keeper(variant), q, prompt, prompt_len, own, cache_len, window, None)
+        other = _attend(_keeper(variant), q, prompt, prompt_len, stale, alone, window, None)
         assert np.array_equal(want[2], other[2]) and np.array_equal(want[0], other[0])
 
 
@@ -269,10 +297,10 @@ def test_blocks_are_written_and_resized_like_one_buffer(kept):
     states = [each.empty(6, 2, 200, 4) for each in (keeper, plain)]
     for _ in range(3):
         new = rng.standard_normal((2, 6, 2, 4), np.float32)
-        states = [each.write(state, *new, columns) for each, state in zip((keeper, plain), states, strict=True)]
+        states = [WRITE(each, state, *new, columns) for each, state in zip((keeper, plain), states, strict=True)]
         columns = columns + 1
     for length in (200, 90, 500):
-        blocks, whole = (each.resize(x, length) for each, x in zip((keeper, plain), states, strict=True))
+        blocks, whole = (RESIZE(each, x, length) for each, x in zip((keeper, plain), states, strict=True))
         for axis, some, one in zip((KEYS, VALUES), blocks, whole, strict=True):
             assert [x.shape[axis] for x in some] == keeper.widths(length)
             joined = jax.tree.map(partial(lambda *x, axis: np.concatenate(x, axis=axis), axis=axis), *some)
@@ -296,6 +324,7 @@ def test_a_block_that_no_row_sees_is_not_read():
     keeper = _keeper("ragged")
     q, prompt, prompt_len, own, _ = _inputs()
     broken = tuple(np.where(np.arange(200)[:, None] >= 134, np.nan, x) for x in own)
-    got = _attend(keeper, q, prompt, prompt_len, broken, np.full(6, 133, np.int32))
+    got = _attend(keeper, q, prompt, prompt_len, broken, np.full(6, 133, np.int32), None, None)
     assert np.isfinite(got).all()
-    assert not np.isfinite(_attend(keeper, q, prompt, prompt_len, broken, np.full(6, 134, np.int32))).all()
+    seen = _attend(keeper, q, prompt, prompt_len, broken, np.full(6, 134, np.int32), None, None)
+    assert not np.isfinite(seen).all()

@@ -11,9 +11,14 @@ from model_cases import LLAMA3, VALUE_AND_GRADIENT, by_hf_name, check_gradients,
 
 from grpo_jax.models import balance_loss, load_model, save_hf
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries():
+    """Imported by who tests with them: it takes seconds, and every process collects this file."""
+    global torch, transformers
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
 
 def _torch_model(case):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import FAMILY_CASES, PREFILL, config, mean_logp, random_model, random_tokens, relative
+from model_cases import FAMILY_CASES, PREFILL, by_hf_name, config, mean_logp, random_model, random_tokens, relative
+from safetensors.numpy import load_file
 
 from grpo_jax.mesh import make_mesh
 from grpo_jax.models import LoraSpec, Model, ModelSpec, load_model, save_hf, save_peft
@@ -137,6 +138,26 @@ def test_a_saved_model_has_them_merged(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, model.merged(params))
 
 
+def test_what_is_saved_for_peft_is_what_is_merged(tmp_path):
+    """Under each tensor's name two matrices, whose product, scaled, is what merging adds to it."""
+    base, frozen = random_model(num_hidden_layers=2)
+    model, adapters = _adapted(base, LoraSpec(3, 5.0, ("q", "v", "out", "down")))
+    save_peft(model, adapters, tmp_path, base="x")
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (3, 5.0, "x")
+    assert said["target_modules"] == ["down_proj", "o_proj", "q_proj", "v_proj"]
+    saved, before = load_file(tmp_path / "adapter_model.safetensors"), by_hf_name(base, frozen)
+    merged = by_hf_name(base, model.merged(model.joined(adapters, frozen)))
+    changed = {name.removesuffix(".weight") for name in merged if not np.array_equal(merged[name], before[name])}
+    assert len(changed) == 8
+    assert saved.keys() == {f"base_model.model.{name}.lora_{x}.weight" for name in changed for x in "AB"}
+    for name in changed:
+        a, b = (saved[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        want = before[f"{name}.weight"] + 5.0 / 3 * b @ a
+        assert a.dtype == b.dtype == np.float32 and relative(merged[f"{name}.weight"], want) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.torch
 def test_peft_loads_what_is_saved(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from fast_set import slow_but
 from model_cases import (
     DECODE,
     FAMILY_CASES,
@@ -42,7 +43,7 @@ def one():
     return random_model(**FIELDS)
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=slow_but(("fsdp", "all"), MESHES))
 def eight(request, one):
     """The same parameters on eight devices, and the mesh's sizes."""
     sizes = MESHES[request.param]
@@ -94,7 +95,7 @@ def test_gradients(one, eight):
     value, gradient = jax.jit(
         jax.value_and_grad(partial(mean_logp, model)), out_shardings=(None, model.param_shardings)
     )(params, jax.device_put(tokens, batch_sharding(model.mesh)))
-    wanted, want = jax.jit(jax.value_and_grad(partial(mean_logp, one[0])))(one[1], tokens)
+    wanted, want = VALUE_AND_GRADIENT(*one, tokens)
     assert relative(value, wanted) < NOISE
     _check_param_shards(gradient, sizes)
     scale = max(np.abs(w).max() for w in jax.tree.leaves(want))

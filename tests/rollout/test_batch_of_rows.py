@@ -28,7 +28,7 @@ def batch(tiny):
     return rollout
 
 
-@pytest.mark.parametrize("slots", [64, 8])
+@pytest.mark.parametrize("slots", [pytest.param(64, marks=pytest.mark.slow), 8])
 def test_contract_4_a_batch_of_128_rows_does_not_depend_on_the_slots(tiny, batch, slots):
     rollout, shapes = sampled(*tiny, MANY, slots=slots, **SIZE)
     assert shapes[0].rows == slots

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_set import slow_but
 from static_engine import StaticEngine
 from test_engine import assert_same_but_for_boundaries, completions, learner_logp
 
@@ -18,12 +19,13 @@ SAMPLES, LIMIT = 4, 70
 SAMPLING = Sampling(max_new_tokens=LIMIT, stop_ids=(1,))
 CALL = {"num_samples": SAMPLES, "sampling": SAMPLING, "seed": 0, "step": 0}
 ENGINES = {"cohort": {}, "8 slots": {"slots": 8}, "12 slots": {"slots": 12}, "refill": {"refill": True}}
+FAST = ("cohort", "8 slots", "refill")
 SHORT = {"num_samples": 2, "seed": 0, "step": 0}
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return tiny_model()
+    return tiny_model(num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,10 @@ def static(tiny):
     return StaticEngine(model, 16).generate(params, ASKED, **CALL)
 
 
-@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
-def test_contract_4_slots_and_schedule_change_no_token(tiny, static, options):
+@pytest.mark.parametrize("name", slow_but(FAST, ENGINES))
+def test_contract_4_slots_and_schedule_change_no_token(tiny, static, name):
     model, params = tiny
-    rollout = ContinuousEngine(model, 16, **options).generate(params, ASKED, **CALL)
+    rollout = ContinuousEngine(model, 16, **ENGINES[name]).generate(params, ASKED, **CALL)
     assert_same_but_for_boundaries(model, params, static, rollout, range(5), SAMPLES)
     same = [a == b for a, b in zip(completions(static), completions(rollout), strict=True)]
     assert np.mean(same) > 0.8
@@ -57,10 +59,10 @@ def test_contract_4_a_cache_that_grows_changes_no_token(tiny, static, monkeypatc
     assert gap.mean() <= 1e-5 and gap.max() <= 1e-4
 
 
-@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
-def test_groups_come_when_they_are_done(tiny, options):
+@pytest.mark.parametrize("name", slow_but(FAST, ENGINES))
+def test_groups_come_when_they_are_done(tiny, name):
     model, params = tiny
-    engine = ContinuousEngine(model, 16, **options)
+    engine = ContinuousEngine(model, 16, **ENGINES[name])
     limits = np.repeat([70, 20, 10, 60, 40], SAMPLES)
     whole = engine.generate(params, ASKED, limits=limits, **CALL)
     call = engine.stream(params, ASKED, limits=limits, **CALL)
@@ -118,8 +120,9 @@ def test_a_prompt_at_the_limit_and_one_beyond(tiny):
         ContinuousEngine(model, 16).generate(params, [Prompt(0, (5,) * 17)], sampling=Sampling(), **SHORT)
 
 
+@pytest.mark.parametrize("calls", [20, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("slots", [None, 8])
-def test_contract_8_a_hundred_calls_with_other_lengths_compile_nothing(tiny, slots):
+def test_contract_8_calls_with_other_lengths_compile_nothing(tiny, slots, calls):
     model, params = tiny
     engine = ContinuousEngine(model, 16, slots, ahead=True)
     rng = np.random.default_rng(0)
@@ -134,7 +137,7 @@ def test_contract_8_a_hundred_calls_with_other_lengths_compile_nothing(tiny, slo
     call(0)
     engine.wait()
     with CompileLog() as compiles:
-        for step in range(1, 101):
+        for step in range(1, calls + 1):
             call(step)
     assert compiles.names == []
 

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 WORKER = """
 import numpy as np
 from grpo_jax.rollout import ContinuousEngine, Sampling
@@ -29,6 +31,7 @@ print("the same", flush=True)
 """
 
 
+@pytest.mark.slow  # test_continuous.py stops a call from within, and samples again
 def test_after_ctrl_c_the_same_engine_samples_the_same():
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -10,6 +10,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24]]
 FAMILIES = {"qwen2": {}, "llama": {"model_type": "llama"}, "qwen3": {"model_type": "qwen3", "head_dim": 6}}
 
 
+@pytest.mark.slow  # tests/models/test_greedy_golden.py holds the same without torch
 @pytest.mark.torch
 @pytest.mark.parametrize("overrides", FAMILIES.values(), ids=FAMILIES)
 def test_greedy_is_transformers_greedy(tmp_path, overrides):

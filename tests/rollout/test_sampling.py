@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import log_softmax
 
 from grpo_jax.rollout.sampling import History, Sampling, invert_cdf, row_keys, sample, split_ids, uniforms
-from grpo_jax.rollout.truncation import truncate
+from grpo_jax.rollout.truncation import penalize, truncate
 
 LAST = 1.0 - 2.0**-24
+INVERT, SAMPLE, UNIFORMS = jax.jit(invert_cdf), jax.jit(sample, static_argnums=2), jax.jit(uniforms)
+KEYS = jax.jit(row_keys, static_argnums=3)
 
 
 def exact(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -67,7 +70,7 @@ def test_a_million_draws_follow_the_exact_distribution(vocab, name):
         "prompt_len": jnp.full(size, 3, jnp.int32),
     }
 
-    keys = row_keys(3, jnp.uint32(5), jnp.asarray(split_ids(list(range(size // 8)))), 8)
+    keys = KEYS(3, np.uint32(5), split_ids(list(range(size // 8))), 8)
 
     def count(place):
         u = uniforms(keys, jnp.full(size, place))
@@ -95,23 +98,23 @@ def test_a_million_draws_follow_the_exact_distribution(vocab, name):
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 256, 257, 640, 700])
-@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, LAST])
-def test_a_token_of_probability_zero_is_never_drawn(vocab, u):
+def test_a_token_of_probability_zero_is_never_drawn(vocab):
+    """Whatever the uniform: 0, the last below 1, and between."""
     rng = np.random.default_rng(vocab)
     weights = rng.random((64, vocab), np.float32) ** 8
     weights[rng.random(weights.shape) < 0.7] = 0.0
     weights[np.arange(64), rng.integers(0, vocab, 64)] = 1e-3
-    token, total = invert_cdf(jnp.asarray(weights), jnp.full(64, u, jnp.float32))
-    token = np.asarray(token)
-    np.testing.assert_allclose(total, weights.sum(-1), rtol=1e-5)
-    assert (weights[np.arange(64), token] > 0).all()
+    u = np.repeat(np.float32([0.0, 0.25, 0.5, LAST]), 64)
+    token, total = INVERT(np.tile(weights, (4, 1)), u)
+    np.testing.assert_allclose(total, np.tile(weights.sum(-1), 4), rtol=1e-5)
+    assert (np.tile(weights, (4, 1))[np.arange(256), np.asarray(token)] > 0).all()
 
 
 @pytest.mark.parametrize("vocab", [5, 300, 896, 1024])
 def test_the_draw_inverts_the_cumulative_distribution(vocab):
     weights = np.random.default_rng(0).random((200, vocab)).astype(np.float32)
     u = np.random.default_rng(1).random(200).astype(np.float32)
-    token = np.asarray(invert_cdf(jnp.asarray(weights), jnp.asarray(u))[0])
+    token = np.asarray(INVERT(weights, u)[0])
     cdf = np.cumsum(weights.astype(np.float64), -1) / weights.sum(-1, dtype=np.float64, keepdims=True)
     upper = cdf[np.arange(200), token]
     lower = np.where(token > 0, cdf[np.arange(200), token - 1], 0.0)
@@ -121,16 +124,16 @@ def test_the_draw_inverts_the_cumulative_distribution(vocab):
 def test_sampler_logp_is_that_of_the_tempered_distribution_before_truncation():
     logits = np.random.default_rng(0).standard_normal((16, 50)).astype(np.float32)
     u = np.linspace(0, LAST, 16, dtype=np.float32)
-    token, logp, _ = sample(jnp.asarray(logits), jnp.asarray(u), Sampling(top_k=3), 0.5)
-    expected = jax.nn.log_softmax(jnp.asarray(logits) / 0.5)[jnp.arange(16), token]
+    token, logp, _ = SAMPLE(logits, u, Sampling(top_k=3), 0.5)
+    expected = log_softmax(logits / 0.5, axis=-1)[np.arange(16), np.asarray(token)]
     np.testing.assert_allclose(logp, expected, atol=1e-6)
 
 
 def test_temperature_zero_is_greedy_and_scores_at_temperature_one():
     logits = np.random.default_rng(0).standard_normal((8, 50)).astype(np.float32)
-    token, logp, _ = sample(jnp.asarray(logits), jnp.zeros(8), Sampling(top_p=0.5), 0.0)
+    token, logp, _ = SAMPLE(logits, np.zeros(8, np.float32), Sampling(top_p=0.5), 0.0)
     np.testing.assert_array_equal(token, logits.argmax(-1))
-    np.testing.assert_allclose(logp, jax.nn.log_softmax(logits).max(-1), atol=1e-6)
+    np.testing.assert_allclose(logp, log_softmax(logits, axis=-1).max(-1), atol=1e-6)
 
 
 def test_truncation_keeps_ties_and_everything_when_off():
@@ -143,8 +146,8 @@ def test_truncation_keeps_ties_and_everything_when_off():
 
 def test_uniforms_are_uniform_along_rows_samples_and_places():
     """Each part of the address by itself, and each value beside the one before it."""
-    keys = row_keys(7, jnp.uint32(1), jnp.asarray(split_ids([3 * i for i in range(64)])), 64)
-    drawn = np.stack([uniforms(keys, jnp.full(4096, place)) for place in range(8)]).reshape(8, 64, 64)
+    keys = KEYS(7, np.uint32(1), split_ids([3 * i for i in range(64)]), 64)
+    drawn = np.stack([UNIFORMS(keys, np.full(4096, place, np.int32)) for place in range(8)]).reshape(8, 64, 64)
     for axis in range(3):
         lines = np.moveaxis(drawn, axis, -1).astype(np.float64)
         assert stats.kstest(lines.reshape(-1), "uniform").pvalue > 1e-4
@@ -156,7 +159,7 @@ def test_uniforms_are_uniform_along_rows_samples_and_places():
 @pytest.mark.parametrize("rules", [Sampling(), Sampling(banned_ids=(3,))])
 def test_a_small_temperature_is_all_but_greedy(temperature, rules):
     logits = 10 * np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
-    token, logp, _ = jax.jit(lambda x, u: sample(x, u, rules, temperature))(logits, jnp.full(64, 0.5))
+    token, logp, _ = SAMPLE(logits, np.full(64, 0.5, np.float32), rules, temperature)
     with np.errstate(over="ignore"):
         scaled = (logits - logits.max(-1, keepdims=True)).astype(np.float64) / temperature
     expected = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
@@ -169,14 +172,14 @@ def test_a_small_temperature_is_all_but_greedy(temperature, rules):
 
 
 def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary():
-    token, logp, _ = sample(jnp.full((2, 300), jnp.nan), jnp.full(2, 0.5), Sampling(), 1.0)
+    token, logp, _ = SAMPLE(np.full((2, 300), np.nan, np.float32), np.full(2, 0.5, np.float32), Sampling(), 1.0)
     assert (np.asarray(token) < 300).all() and np.isnan(logp).all()
 
 
 def test_uniforms_are_addressed_and_stay_below_one():
     def draw(seed, step, ids, samples, index):
-        keys = row_keys(seed, jnp.uint32(step), jnp.asarray(split_ids(ids)), samples)
-        return np.asarray(uniforms(keys, jnp.full(keys.shape, index, jnp.int32)))
+        keys = KEYS(seed, np.uint32(step), split_ids(ids), samples)
+        return np.asarray(UNIFORMS(keys, np.full(keys.shape, index, np.int32)))
 
     base = draw(3, 5, [10, 2**40, 7], 4, 2)
     assert base.shape == (12,) and ((0 <= base) & (base < 1)).all() and len(set(base.tolist())) == 12
@@ -222,6 +225,14 @@ def test_refuses_what_leaves_nothing_to_draw(options, message):
     Sampling().check(7)
     with pytest.raises(ValueError, match=message):
         Sampling(**options).check(7)
+
+
+def test_what_follows_the_end_is_not_seen_and_the_least_number_of_tokens_is_enough():
+    tokens, nothing = jnp.array([[2, 3], [4, 3]]), jnp.zeros((2, 1), jnp.int32)
+    history = History(jnp.array([1, 2]), tokens, nothing, jnp.zeros(2, jnp.int32))
+    rules = Sampling(presence_penalty=1.0, repetition_penalty=2.0, min_tokens=2, stop_ids=(1,))
+    got = jax.jit(penalize, static_argnums=1)(np.full((2, 5), 4.0, np.float32), rules, history)
+    np.testing.assert_array_equal(got, [[4, -np.inf, 1, 4, 4], [4, 4, 4, 1, 1]])
 
 
 def test_penalties_without_a_history_are_refused():

@@ -105,6 +105,8 @@ def test_a_prompt_with_more_rows_than_a_block_has_places_stands_on_two():
     shape = Shape(6, 9, 3, 3)
     seated = arrange(np.array([0, 1, 2, 3, 5]), 4, shape, 1)
     assert seated.row.tolist() == [0, 1, 2, 3, 5, -1] and seated.prompt.tolist() == [0, 0, 1]
+    apart = arrange(np.array([0, 4, 5]), 4, Shape(8, 9, 2, 4), 1)  # a slot for every place: a row sits on its own
+    assert apart.row.tolist() == [0, -1, -1, -1, 4, 5, -1, -1]
     assert arrange(np.array([0, 1, 2, 3, 5, 9]), 4, shape, 1) is None  # a fourth block
     assert arrange(np.arange(7), 8, Shape(6, 9, 6, 3), 1) is None  # a seventh slot
     halves = arrange(np.array([0, 1, 2, 5]), 4, Shape(4, 9, 4, 2), 2)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from fast_set import slow_but
 from test_engine import assert_same_but_for_boundaries
 
 from grpo_jax.mesh import make_mesh
@@ -14,7 +15,7 @@ VOCAB = 97
 ASKED = [Prompt(i, tuple(range(2 + i, 9 + 3 * i))) for i in range(3)]
 
 
-@pytest.mark.parametrize(("prompts", "samples", "rows"), [(1, 8, 8), (3, 5, 16), (3, 16, 48)])
+@pytest.mark.parametrize(("prompts", "samples", "rows"), slow_but({(3, 5, 16)}, [(1, 8, 8), (3, 5, 16), (3, 16, 48)]))
 def test_rows_of_a_prompt_lie_on_several_devices(prompts, samples, rows):
     asked = {"num_samples": samples, "sampling": Sampling(max_new_tokens=10, stop_ids=(1, 5)), "seed": 0, "step": 0}
     results = []

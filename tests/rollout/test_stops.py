@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from grpo_jax.rollout.stops import StopStrings
@@ -31,6 +31,7 @@ def end_of(text: bytes, looks: list[int], stops: StopStrings) -> int:
     st.integers(0, 20),
     st.lists(st.integers(1, 180), max_size=6),
 )
+@example("aa\N{SNOWMAN}", ("\N{SNOWMAN}",), 0, [4])
 def test_the_end_is_that_of_the_text_whenever_it_is_looked_at(text, strings, least, looks):
     """The first token behind the ``least`` first with which a string ends that was not there before."""
     data = text.encode()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from test_engine import PROMPTS, assert_same_but_for_boundaries
 
 from grpo_jax.rollout import ContinuousEngine, Sampling
@@ -39,6 +40,7 @@ def sampled(model, params, options) -> Rollout:
     return engine.generate(params, asked, num_samples=SAMPLES, sampling=sampling, seed=0, step=0)
 
 
+@pytest.mark.slow  # tests/models/test_two_hosts.py starts two as well
 def test_contract_12_two_processes_sample_what_one_does(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
