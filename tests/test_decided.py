@@ -82,7 +82,7 @@ def test_what_a_run_computes_on_is_noted_where_it_changes(tmp_path: Path):
 
 
 def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):
-    checkpoint, slots = tiny_checkpoint(tmp_path / "model"), []
+    checkpoint, slots = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1), []
     shapes = ContinuousEngine.shapes
 
     def seen(self, *call):
@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):
         rewards = lambda prompts, completions, completion_ids, **_: [float(len(c) % 3) for c in completions]  # noqa: E731
         grpo_jax.Trainer(model=checkpoint, reward_funcs=rewards, train_dataset=ROWS, config=config).train()
 
-    model = tiny_model()[0]
+    model = tiny_model(num_hidden_layers=1)[0]
     one = 22 * sum(8 * layer.kv_heads * layer.head_dim for layer in model.spec.layers)
     run(1, one)  # on each of 8 devices
     begun = set(slots)

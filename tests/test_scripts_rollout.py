@@ -24,7 +24,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
 
 
 def script(name: str):
@@ -85,6 +85,7 @@ def test_sample_reads_its_prompt_from_standard_input(checkpoint, monkeypatch, ca
     assert capsys.readouterr().out == texts_of(checkpoint, 1)[0] + "\n"
 
 
+@pytest.mark.slow
 def test_sample_ends_quietly_where_nobody_reads_on(checkpoint):
     command = [
         sys.executable,
