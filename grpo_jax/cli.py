@@ -11,6 +11,7 @@ from platform import python_version
 
 from grpo_jax.config import TrainConfig, read_toml
 from grpo_jax.config.arguments import Command, merge, read_command, show_help
+from grpo_jax.functions import hide_no_library
 from grpo_jax.interrupt import Interrupted, command_to_go_on
 from grpo_jax.rundir import no_space, what_is_safe
 
@@ -20,8 +21,9 @@ USAGE = """Train a language model with group-relative policy optimization.
 
 Without a config it runs the quickstart the package ships. Values are written
 as in TOML, without quotes: "none" is no value, a list is several words, and a
-field that takes a TABLE can be set key by key (--data.eval.NAME FILE). In
-brackets: the value that holds when the field is not given.
+field that takes a TABLE can be set key by key (--data.eval.NAME FILE). A text
+that begins with -- is written --field=TEXT. In brackets: the value that holds
+when the field is not given.
 
   --help [TABLE ...]  show all fields, or those of some tables (--help optim);
                       with a config, the values it gives
@@ -51,6 +53,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status: 0 done, 1 failed, 2 wrong usage, 128 and the signal's number interrupted."""
     command = list(sys.argv if arguments is None else ["train.py", *arguments])
+    hide_no_library()
     try:
         if command[1:] == ["--version"]:
             print(f"grpo_jax {version('grpo_jax')}, Python {python_version()}")
@@ -75,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def in_a_line(work: Callable[[], None]) -> int:
     """Do the work of another command; its exit status, as of `main`. An error is a line on standard error."""
+    hide_no_library()
     try:
         work()
     except KeyboardInterrupt:
@@ -102,9 +106,6 @@ def _help(asked: Command) -> int:
 
 
 def _train(config: TrainConfig, name: str, debug: bool) -> None:
-    if config.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     from grpo_jax.callbacks import Callback, Run
     from grpo_jax.trainer import Trainer
 

@@ -5,6 +5,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+MOST_UNSCORED = 0.1
+"""Share of the prompts that may be left out before the figures of the others mean nothing."""
+
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> np.ndarray:
     """The chance that at least one of k samples is right, unbiased from n samples of which c are.
@@ -92,6 +95,39 @@ def bootstrap_interval(values: ArrayLike, draws: int = 1000, seed: int = 0) -> t
     means = [figures[generator.integers(0, figures.size, figures.size)].mean() for _ in range(draws)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def verdicts(rewards: ArrayLike, above: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which prompts are judged, and what was right of them: a sample without a reward is neither right nor wrong.
+
+    Args:
+        rewards: [P, k], NaN where a sample was not scored; a prompt with such a sample is left out.
+        above: a sample is right when its reward is above this.
+
+    Returns:
+        [P] bool, the prompts whose samples were all scored, J of them; and [J, k] bool, the right samples of these.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    judged = np.isfinite(rewards).all(axis=-1)
+    return judged, rewards[judged] > above
+
+
+def meaningless(judged: ArrayLike, name: str) -> str | None:
+    """What is to be said where so few prompts were judged that figures of the others mean nothing; None where enough.
+
+    Args:
+        judged: [P] bool, as ``verdicts`` gives it.
+        name: of the reward function.
+    """
+    judged = np.asarray(judged)
+    lost = int((~judged).sum())
+    if lost <= MOST_UNSCORED * judged.size:
+        return None
+    return (
+        f"the reward {name!r} did not score all samples of {lost} of {judged.size} prompts, which are left out: the "
+        "figures of this evaluation mean nothing. Give it time (reward.timeout_seconds, for 16 completions), and see "
+        "for what it says None."
+    )
 
 
 def _counts(n: ArrayLike, c: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

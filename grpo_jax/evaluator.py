@@ -7,8 +7,8 @@ import numpy as np
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet
-from grpo_jax.evaluation import avg_at_k, pass_at_k
-from grpo_jax.rewards import TrainerState
+from grpo_jax.evaluation import avg_at_k, meaningless, pass_at_k, verdicts
+from grpo_jax.rewards import TrainerState, reward_name
 from grpo_jax.rollout import Engine, Sampling
 from grpo_jax.scoring import Scorer
 from grpo_jax.types import Params, Prompt
@@ -55,24 +55,33 @@ class Evaluator:
 
     def _figures(self, params: Params, prompts: list[Prompt], state: TrainerState | None) -> dict[str, float]:
         greedy = replace(self.sampling, temperature=0.0, top_k=None, top_p=None)
-        out = {"accuracy": float(self._correct(params, prompts, 1, greedy, state).mean())}
+        right, unscored = self._right(params, prompts, 1, greedy, state)
+        out = {"accuracy": _mean(right)}
         k = self.config.eval.samples
         if k:
-            correct = self._correct(params, prompts, k, self.sampling, state).sum(1)
-            out["avg_at_k"] = float(np.mean(avg_at_k(k, correct)))
-            out["pass_at_k"] = float(np.mean(pass_at_k(k, correct, k)))
-        return out
+            right, more = self._right(params, prompts, k, self.sampling, state)
+            counts, unscored = right.sum(1), unscored + more
+            out["avg_at_k"] = _mean(avg_at_k(k, counts))
+            out["pass_at_k"] = _mean(pass_at_k(k, counts, k))
+        return out | {"unscored": unscored}
 
-    def _correct(
+    def _right(
         self, params: Params, prompts: list[Prompt], samples: int, sampling: Sampling, state: TrainerState | None
-    ) -> np.ndarray:
-        """[prompts, samples] bool: the first reward function is above the threshold."""
+    ) -> tuple[np.ndarray, int]:
+        """[prompts with all samples scored, samples] bool, which are right; and how many samples were not scored."""
         seed = self.config.seed
         rollout = self.engine.generate(
             params, prompts, num_samples=samples, sampling=sampling, seed=seed, step=EVAL_ROUND
         )
-        answers = self.scorer.rewards(prompts, rollout, state)
-        for warning in answers.warnings:
-            self.warn(warning)
-        first = np.nan_to_num(answers.by_function[0])
-        return (first > self.config.eval.correct_above).reshape(len(prompts), samples)
+        answers = self.scorer.rewards(prompts, rollout, state, only=(0,))
+        rewards = answers.by_function[0].reshape(len(prompts), samples)
+        judged, right = verdicts(rewards, self.config.eval.correct_above)
+        for warning in (*answers.warnings, meaningless(judged, reward_name(self.config.reward.functions[0]))):
+            if warning is not None:
+                self.warn(warning)
+        return right, int(np.isnan(rewards).sum())
+
+
+def _mean(values: np.ndarray) -> float:
+    """NaN of none."""
+    return float(np.mean(values)) if values.size else float("nan")

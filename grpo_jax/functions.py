@@ -10,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+MAIN = "__mp_main__"
+"""What multiprocessing calls the main module in the processes it starts."""
+
 
 @functools.cache
 def load_function(spec: str) -> Callable[..., Any]:
@@ -17,19 +20,20 @@ def load_function(spec: str) -> Callable[..., Any]:
     return find_function(spec)
 
 
-def find_function(spec: str, kind: str = "function") -> Callable[..., Any]:
+def find_function(spec: str, kind: str = "function", as_main: bool = False) -> Callable[..., Any]:
     """The function that ``spec`` names.
 
     Args:
         spec: ``module:function``, or ``path/file.py:function`` relative to the working directory.
         kind: what errors call it.
+        as_main: make a file's module the main one, so that processes of a pool which it has find its functions.
 
     Raises:
         ValueError: no such module, file or function, or it does not import.
     """
     place, _, name = spec.rpartition(":")
     subject = f"{kind} {spec!r}"
-    module = _load_file(subject, Path(place)) if place.endswith(".py") else _load_module(subject, place)
+    module = _load_file(subject, Path(place), as_main) if place.endswith(".py") else _load_module(subject, place)
     function = getattr(module, name, None)  # not vars(module): a module may load its names when they are asked for
     if not callable(function):
         names = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
@@ -39,6 +43,17 @@ def find_function(spec: str, kind: str = "function") -> Callable[..., Any]:
             f"{subject}: {place} has no function {name!r}{nearest(name, names)}; use one of those it has: {known}"
         )
     return function
+
+
+def hide_no_library() -> None:
+    """Put the folder of the running script, which Python puts first on the path, behind all libraries.
+
+    A script beside others would hide a library that one of them is called after, such as ``evaluate``, from what the
+    user's own functions import, in their processes too.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script and sys.path and Path(sys.path[0]).resolve() == Path(script).resolve().parent:
+        sys.path.append(sys.path.pop(0))
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -67,16 +82,19 @@ def _load_module(subject: str, place: str) -> ModuleType:
         ) from error
 
 
-def _load_file(subject: str, path: Path) -> ModuleType:
+def _load_file(subject: str, path: Path, as_main: bool) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"{subject}: no file {str(path)!r} under {Path.cwd()}; give the path from there, or all of it")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # at the end: a file may import its neighbours but not hide a library
-    spec = importlib.util.spec_from_file_location(f"_grpo_jax_own_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(MAIN if as_main else f"_grpo_jax_own_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a path that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    if as_main:
+        sys.modules["__main__"] = module
+        module.__spec__ = None  # as of a script: multiprocessing goes by the file then
     try:
         spec.loader.exec_module(module)
     except MemoryError:

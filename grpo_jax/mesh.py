@@ -4,14 +4,21 @@ A mesh always has the axes ``data``, ``fsdp``, ``tensor`` and ``expert``; on one
 code runs. Axis types are Auto: GSPMD partitions every jitted function from the constraints the models put down.
 """
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxlib import _jax
+
+from grpo_jax import coordinator
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -28,6 +35,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 GATHERED_RULES: Mapping[str, tuple[str, ...]] = {name: axes for name, axes in RULES.items() if name != "embed"}
 """Weights where they are used: gathered over ``fsdp``, still cut over ``tensor`` and ``expert``."""
+
+PATIENCE_MS = 3_600_000
+"""How long a process waits for another's text while both live: reading a large checkpoint takes a while."""
+
+_TALKS = Counter[str]()
 
 
 def make_mesh(
@@ -106,7 +118,9 @@ def initialize_distributed(
     A thin cover over ``jax.distributed.initialize``, which finds Slurm, Open MPI, GKE and Cloud TPU by itself; the
     arguments (host:port of process 0, how many there are, which one this is) are for starts by hand.
     """
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    # jax offers no other way to have the service outlive the first process.
+    with mock.patch.object(_jax, "get_distributed_runtime_service", coordinator.Service):
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
 
 
 def fetch(tree: Any) -> Any:
@@ -135,6 +149,62 @@ def wait_for_all(name: str) -> None:
     """Until every process has come to this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def texts_of_all(name: str, text: str) -> list[str] | None:
+    """The texts of all processes, in their order, on the first one; None on the others.
+
+    No device takes part, so a thread may call it beside a step; of one ``name`` one call follows another.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client, place = _client(), _place_of(name)
+    if not is_first():
+        client.key_value_set(f"{place}/{jax.process_index()}", text)
+        return None
+    keys = [f"{place}/{number}" for number in range(1, jax.process_count())]
+    texts = [client.blocking_key_value_get(key, PATIENCE_MS) for key in keys]
+    for key in keys:
+        client.key_value_delete(key)
+    return [text, *texts]
+
+
+def text_of_first(name: str, text: str = "") -> str:
+    """The first process's text on every process; as `texts_of_all` in all else."""
+    if jax.process_count() == 1:
+        return text
+    client, key = _client(), _place_of(name)
+    if is_first():
+        client.key_value_set(key, text)
+        return text
+    return client.blocking_key_value_get(key, PATIENCE_MS)
+
+
+def same_everywhere(subject: str, table: Mapping[str, str]) -> None:
+    """Compare a table of all processes with the first one's.
+
+    Raises:
+        ValueError: on every process, where they differ.
+    """
+    seen = [json.loads(text) for text in texts_of_all(subject, json.dumps(dict(table))) or ()]
+    other = [(i, name) for i, theirs in enumerate(seen) for name in table if theirs.get(name) != table[name]]
+    number, name = other[0] if other else (0, "")
+    wrong = text_of_first(f"{subject}: verdict", f"{name} of process {number}" if other else "")
+    if wrong:
+        raise ValueError(
+            f"{subject} must be the same for all processes, and {wrong} is not that of the first; give each the same"
+        )
+
+
+def _place_of(name: str) -> str:
+    """Where texts are exchanged: one that no call had before, as every process counts alike."""
+    _TALKS[name] += 1
+    return f"grpo_jax/{name}/{_TALKS[name]}"
+
+
+def _client() -> Any:
+    """Of the service through which processes find each other."""
+    return distributed.global_state.client
 
 
 def single_device_mesh() -> Mesh:

@@ -96,19 +96,17 @@ class Phases:
 
 
 class JsonLines:
-    """A file of one JSON object a line; opened to go on from a step, it drops the lines of later steps."""
+    """A file of one JSON object a line; opened to go on from a step, it drops the lines of later steps.
+
+    Attributes:
+        damaged: numbers of lines that nobody can read, between others that were kept; they are in a file beside it.
+    """
 
     def __init__(self, path: Path, keep_below: int | None = None):
         """Args: the file, and the first step whose lines are dropped (None keeps nothing)."""
-        kept = _lines_below(path, keep_below)
+        self.damaged = _cut_back(path, 0 if keep_below is None else keep_below) if path.is_file() else []
         # Half a surrogate pair, which a data set's "\\ud800" holds, is no UTF-8; its backslash form is JSON again.
-        text: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
-        if path.is_file():  # whole or not at all: neither a kill nor a full disk may cost the lines that are kept
-            partial = path.with_suffix(".partial")
-            with partial.open("w", **text) as file:
-                file.writelines(kept)
-            partial.replace(path)
-        self._file = path.open("a", **text)
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one object; a float that is not finite becomes null."""
@@ -126,22 +124,56 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that `JsonLines` wrote; a last line cut off by a kill is left out."""
-    rows = []
-    with path.open(encoding="utf-8", newline="\n") as lines:  # other separators are characters of a completion
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
+    """Rows of a file that `JsonLines` wrote; lines that a kill has cut, or that are damaged, are left out."""
+    with path.open("rb") as lines:  # bytes: a line may be cut inside a character
+        return [row for row in map(parse_line, lines) if row is not None]
 
 
-def _lines_below(path: Path, step: int | None) -> list[str]:
-    if step is None or not path.exists():
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The row that a line of such a file holds; None where it is damaged."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _cut_back(path: Path, below: int) -> list[int]:
+    """Leave the lines of steps below one, reading the file twice at most and never as a whole.
+
+    Returns:
+        Numbers of damaged lines that had others to keep behind them, whose bytes are then in ``<name>.damaged``.
+    """
+    end, damaged, gap, loose = 0, list[int](), False, False
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            row = parse_line(line)
+            if row is None:
+                damaged.append(number)
+            if row is None or row["step"] >= below:
+                gap = True
+            elif gap or not line.endswith(b"\n"):
+                loose = True
+            else:
+                end += len(line)
+    if not loose:
+        os.truncate(path, end)
         return []
-    rows = [row for row in read_json_lines(path) if row["step"] < step]
-    return [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    _rewrite(path, below)
+    return damaged
+
+
+def _rewrite(path: Path, below: int) -> None:
+    """Whole or not at all: neither a kill nor a full disk may cost the lines that are kept."""
+    partial, aside = path.with_suffix(".partial"), path.with_name(f"{path.name}.damaged")
+    with path.open("rb") as lines, partial.open("wb") as file, aside.open("ab") as unread:
+        for line in lines:
+            row = parse_line(line)
+            if row is None:
+                unread.write(line)
+            elif row["step"] < below:
+                file.write(line.rstrip(b"\n") + b"\n")
+    partial.replace(path)
 
 
 def _json(value: Any) -> Any:
@@ -159,11 +191,13 @@ def reward_metrics(names: Sequence[str], scored: Scored) -> dict[str, float]:
         "reward": float(reward.mean()) if reward.size else float("nan"),
         "reward_std": float(reward.std()) if reward.size else float("nan"),
         "frac_reward_zero_std": float(1.0 - scored.spread.mean()),
+        "unscored": int((~scored.scored).sum()),
     }
     for name, values in zip(names, scored.by_function, strict=True):
         answered = values[np.isfinite(values)]
         out[f"rewards/{name}/mean"] = float(answered.mean()) if answered.size else float("nan")
         out[f"rewards/{name}/std"] = float(answered.std()) if answered.size else float("nan")
+        out[f"rewards/{name}/unscored"] = int(values.size - answered.size)
     return out
 
 
@@ -292,6 +326,7 @@ def _plain(value: Any) -> Any:
 def step_line(steps: int, row: Mapping[str, Any]) -> str:
     """A step's key figures in one line for the terminal."""
     shown = [f"step {row['step']}/{steps}", f"reward {row['reward']:.3f}"]
+    shown += [f"unscored {row['unscored']}"] if row.get("unscored") else []
     shown += [f"same {row['frac_reward_zero_std']:.0%}", f"length {row['completions/mean_length']:.1f}"]
     shown += [f"cut {row['completions/clipped_ratio']:.0%}", f"entropy {row['entropy']:.3f}"]
     shown += [f"kl {row['kl']:.4f}"] if "kl" in row else []

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import xla_bridge  # whether jax has started is said nowhere public
 
 from grpo_jax.batching import Layout
 from grpo_jax.config import TrainConfig
@@ -14,6 +15,8 @@ from grpo_jax.models import Model
 from grpo_jax.rollout.setup import decoder, token_bytes
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "transformers", "numpy")
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 CACHE_SHARE = 0.9
 """Of a device's memory, that is planned with: what a step of decoding computes in takes the rest."""
@@ -24,6 +27,24 @@ def versions() -> dict[str, str]:
     found = {name: _version(name) for name in PACKAGES}
     device = jax.devices()[0]
     return found | {"python": this_machine.python_version(), "device": f"{len(jax.devices())} x {device.device_kind}"}
+
+
+def be_deterministic() -> None:
+    """Ask XLA for deterministic operations on GPUs, which it reads when jax starts.
+
+    Raises:
+        ValueError: jax has started on a GPU without.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if DETERMINISTIC in flags:
+        return
+    if not xla_bridge.backends_are_initialized():
+        os.environ["XLA_FLAGS"] = " ".join([*flags, DETERMINISTIC])
+    elif jax.default_backend() == "gpu":
+        raise ValueError(
+            "deterministic: got true, and jax has already started in this process, where XLA asks no more; make the "
+            f'Trainer and train before anything else uses jax, or set XLA_FLAGS="{DETERMINISTIC}" before Python starts'
+        )
 
 
 def require_devices(platform: str | None) -> None:
@@ -98,6 +119,9 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
         sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
         for tree in (model.abstract_params, model.trained(model.abstract_params))
     )
+    own_critic = config.algorithm.has_critic and not config.critic.shared_trunk
+    follows = config.algorithm.reference_follow.every is not None
+    saved = 3 * trained + parameters * (3 * own_critic + follows)
     wide = 1 if model.lora else np.dtype("float32").itemsize / np.dtype(model.param_dtype).itemsize
     narrow = np.dtype(model.dtype).itemsize / np.dtype(model.param_dtype).itemsize
     rows = config.rollout.prompts_per_step * config.rollout.num_samples
@@ -113,11 +137,28 @@ def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
         "optimizer": 2 * trained,
         "gradient": int(trained * wide),
         "reference": parameters if config.loss.kl_coef and model.lora is None else 0,
-        "critic": 3 * parameters if config.algorithm.has_critic and not config.critic.shared_trunk else 0,
+        "critic": 3 * parameters if own_critic else 0,
+        "copy to save": saved if jax.default_backend() == "cpu" else 0,
         "decode view": int(view),
         "KV cache": min(cache, (config.rollout.kv_memory_mb or cache) * 2**20) // (data * fsdp),
-        "batch": layout.row_counts[-1] * layout.row_len * 4 * 8 // shards,
+        "batch": config.optim.minibatches * layout.row_counts[-1] * layout.row_len * 4 * 8 // shards,
     }
+
+
+ALWAYS = ("parameters", "optimizer", "reference", "critic")
+PHASES = {
+    "sampling": ("decode view", "KV cache"),
+    "training": ("gradient", "batch"),
+    "saving": ("decode view", "copy to save"),
+}
+"""What a phase holds beside what is always there; none of it is there in another. An evaluation's view is still there
+when its step is saved."""
+
+
+def peak(parts: dict[str, int]) -> tuple[str, int]:
+    """The phase that holds most, and how much, of what `memory` gives."""
+    held = {phase: sum(parts[name] for name in (*ALWAYS, *beside)) for phase, beside in PHASES.items()}
+    return max(held.items(), key=lambda item: item[1])
 
 
 def room_for_cache(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> int | None:
@@ -128,7 +169,7 @@ def room_for_cache(model: Model, config: TrainConfig, layout: Layout, prompt_len
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return None
-    beside = ("parameters", "optimizer", "reference", "critic", "decode view")
+    beside = (*ALWAYS, "decode view")
     parts = memory(model, config, layout, prompt_len)
     return max(0, int(limit * CACHE_SHARE) - sum(parts[name] for name in beside))
 
@@ -143,17 +184,18 @@ def report(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -
     room = room_for_cache(model, config, layout, prompt_len)
     if room is not None:  # completions for which there is none wait in a queue
         parts["KV cache"] = min(parts["KV cache"], room)
-    total = sum(parts.values())
+    phase, total = peak(parts)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     line = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     if limit is not None and total > limit:
         raise ValueError(
-            f"the run needs {_size(total)} on each device before activations ({line}), and a device has "
+            f"the run needs {_size(total)} on each device while {phase}, before activations ({line}), and a device has "
             f"{_size(limit)}. Raise mesh.fsdp or mesh.tensor, or lower rollout.prompts_per_step or max_new_tokens."
         )
     rows = " or ".join(map(str, layout.row_counts))
     shapes = f"updates of {rows} rows of {layout.row_len} tokens, prompts of {prompt_len}"
-    return f"memory on each device before activations: {_size(total)} ({line})\nshapes: {shapes}"
+    most = f"at most {_size(total)}, while {phase}"
+    return f"memory on each device before activations: {most} ({line})\nshapes: {shapes}"
 
 
 def _shard_bytes(x: Any) -> int:

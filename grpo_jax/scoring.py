@@ -1,6 +1,6 @@
 """Completions -> rewards [Q, G] by function, shaped and weighted, -> advantages and the mask of what is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -120,7 +120,13 @@ class Scorer:
     stop_ids: frozenset[int]
     config: TrainConfig
 
-    def rewards(self, prompts: list[Prompt], rollout: Rollout, state: TrainerState | None = None) -> Answers:
+    def rewards(
+        self,
+        prompts: list[Prompt],
+        rollout: Rollout,
+        state: TrainerState | None = None,
+        only: Collection[int] | None = None,
+    ) -> Answers:
         """Completions as text, and what the functions say of them.
 
         To the functions, columns of the data set arrive repeated per sample, and the completion of a prompt that is
@@ -130,13 +136,20 @@ class Scorer:
             prompts: Q prompts.
             rollout: their samples.
             state: how far the run is, for functions that look at it; None for before its first step.
+            only: places of the functions to ask, the others give no answer; None for all.
         """
-        with self.begin(prompts, rollout.tokens.shape[0] // len(prompts), state) as asking:
+        with self.begin(prompts, rollout.tokens.shape[0] // len(prompts), state, only) as asking:
             return asking.finish(rollout)
 
-    def begin(self, prompts: list[Prompt], samples: int, state: TrainerState | None = None) -> "Asking":
+    def begin(
+        self,
+        prompts: list[Prompt],
+        samples: int,
+        state: TrainerState | None = None,
+        only: Collection[int] | None = None,
+    ) -> "Asking":
         """As `rewards`, for a rollout of ``samples`` a prompt whose groups are handed over as they are done."""
-        return Asking(self, prompts, samples, state)
+        return Asking(self, prompts, samples, state, only)
 
     def spread(self, answers: Answers, prompt_count: int) -> np.ndarray:
         """[Q] bool: the group's weighted rewards, before shaping, differ (or those of ``algorithm.spread_of``)."""
@@ -199,10 +212,17 @@ class Asking:
     A context manager: leaving it by an error ends what the functions still do.
     """
 
-    def __init__(self, scorer: Scorer, prompts: list[Prompt], samples: int, state: TrainerState | None):
+    def __init__(
+        self,
+        scorer: Scorer,
+        prompts: list[Prompt],
+        samples: int,
+        state: TrainerState | None,
+        only: Collection[int] | None,
+    ):
         """Nothing is asked yet."""
         self._scorer, self._prompts, self._samples = scorer, prompts, samples
-        self._scoring = None if scorer.pool is None else scorer.pool.begin()
+        self._scoring = None if scorer.pool is None else scorer.pool.begin(only)
         self._state = state or (TrainerState() if scorer.pool is None else scorer.pool.state)
         self._columns = sorted({name for prompt in prompts for name in prompt.columns or {}})
         self._texts: dict[int, list[str]] = {}

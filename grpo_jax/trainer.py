@@ -3,16 +3,17 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grpo_jax import rundir
+from grpo_jax import inputs, rundir
 from grpo_jax.batching import Layout
+from grpo_jax.beginning import begin, open_lines
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
-from grpo_jax.callbacks.table import build
+from grpo_jax.callbacks.watchers import Watchers
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.collect import Collected, Collector
 from grpo_jax.config import TrainConfig
@@ -32,18 +33,17 @@ from grpo_jax.learner.learning import Learning, adapted, layout_of
 from grpo_jax.mesh import anywhere, from_first, initialize_distributed, is_first, make_mesh, wait_for_all
 from grpo_jax.metrics import (
     CompileLog,
-    JsonLines,
     Phases,
     TokenTexts,
     completion_rows,
     keep_compiled,
     peak_memory,
-    read_json_lines,
     reward_metrics,
     rollout_metrics,
 )
 from grpo_jax.models import Model, View, load_model, save_hf
-from grpo_jax.preflight import check_model, report, require_devices, room_for_cache, versions
+from grpo_jax.peers import Peers
+from grpo_jax.preflight import be_deterministic, check_model, report, require_devices, room_for_cache, versions
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rollout import engine_from, sampling_from
 from grpo_jax.rollout.setup import slots_for
@@ -91,6 +91,7 @@ class Trainer:
         """
         _check_arguments(model, reward_funcs, train_dataset, config, callbacks)
         config = config or TrainConfig()
+        _check_reward(model, reward_funcs, train_dataset, config)
         rewards = config.reward.functions if reward_funcs is None else reward_funcs
         self._rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
         self._train = config.data.train if train_dataset is None else train_dataset
@@ -114,49 +115,26 @@ class Trainer:
             ValueError: whatever a user can mend, before the first compile where it can be known by then.
         """
         begun = time.perf_counter()
-        _configure_jax(self.config)
-        directory = Path(self.config.output_dir or "")
-        if is_first():
-            directory = rundir.open_run(self.config, self._name)
-        wait_for_all("run directory")
-        rewards = _reward_pool(self.config, self._rewards) if is_first() else nullcontext()
-        with CompileLog() as compiles, rewards as pool, _Watchers(self.config, directory, self._callbacks) as watchers:
-            run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun)
-            try:
-                return run.loop()
-            finally:
-                run.close()
-
-
-class _Watchers:
-    """The callbacks of a run, called on the first process; what one of them decides is told to all (contract 12)."""
-
-    def __init__(self, config: TrainConfig, directory: Path, own: Sequence[Callback]):
-        self._all = [*build(config, directory, self.warn), *own] if is_first() else []
-
-    def __enter__(self) -> "_Watchers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for callback in self._all:
-            callback.close()
-
-    def start(self, run: Run) -> bool:
-        return _agreed(any([callback.on_start(run) for callback in self._all]))
-
-    def step(self, step: Step) -> bool:
-        return _agreed(any([callback.on_step(step) for callback in self._all]))
-
-    def evaluation(self, evaluation: Evaluation) -> bool:
-        return _agreed(any([callback.on_eval(evaluation) for callback in self._all]))
-
-    def warn(self, text: str) -> None:
-        for callback in self._all:
-            callback.on_warning(text)
-
-    def end(self, summary: dict[str, Any]) -> None:
-        for callback in self._all:
-            callback.on_end(summary)
+        mesh = self.config.mesh
+        if self.config.deterministic:
+            be_deterministic()
+        if mesh.distributed:
+            initialize_distributed(mesh.coordinator, mesh.process_count, mesh.process_id)
+        with Peers(Path(self.config.output_dir or "")) as peers, ExitStack() as parts:
+            require_devices(mesh.platform)
+            keep_compiled(self.config.compilation_cache)
+            opened = rundir.open_run(self.config, self._name) if is_first() else None
+            if opened is not None:
+                parts.callback(opened.lock.close)
+            wait_for_all("run directory")
+            directory = opened.directory if opened else Path(self.config.output_dir or "")
+            compiles = parts.enter_context(CompileLog())
+            pool = parts.enter_context(_reward_pool(self.config, self._rewards)) if is_first() else None
+            watchers = parts.enter_context(Watchers(self.config, directory, self._callbacks))
+            run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun, opened)
+            parts.callback(run.close)
+            peers.before_leaving(run.store.settle)
+            return run.loop()
 
 
 class _Run:
@@ -169,9 +147,10 @@ class _Run:
         pool: RewardPool | None,
         train: Source,
         held_out: Source,
-        watchers: _Watchers,
+        watchers: Watchers,
         compiles: CompileLog,
         begun: float,
+        opened: rundir.Opened | None,
     ):
         self.config, self.directory, self.watchers = config, directory, watchers
         self.compiles, self.begun, self.phases = compiles, begun, Phases()
@@ -185,6 +164,7 @@ class _Run:
         longest = max(each.longest for each in every)
         prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         check_model(config, self.model, longest, prompt_len)
+        self.most_new = self.model.spec.max_len - prompt_len
         stops = frozenset(config.rollout.stop_token_ids or stop_ids(self.source, self.tokenizer))
         sampling = sampling_from(config.rollout, stops)
         layout = layout_of(config, self.model, prompt_len)
@@ -198,7 +178,8 @@ class _Run:
                 pool.check_columns(part.columns)
         self.collector = Collector(prompts, engine, scorer, sampling, config, self.phases)
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
-        self.facts = [report(self.model, config, layout, prompt_len)]
+        self.facts = [*(opened.facts if opened else ()), report(self.model, config, layout, prompt_len)]
+        self.warnings = list(opened.warnings if opened else ())
         if len(prompts) < config.rollout.prompts_per_step:
             self.facts.append(
                 f"rollout.prompts_per_step: got {config.rollout.prompts_per_step} with {len(prompts)} prompts to draw "
@@ -206,7 +187,7 @@ class _Run:
             )
         self.facts += [*prompts.reports, *(each.report for each in sets.values() if each.report)]
         self.learning = Learning(config, self.model, params, layout, self.phases)
-        self._start()
+        self._start(inputs.digests(config, self.source, prompts, sets, stops))
 
     def _slots(self, layout: Layout, prompt_len: int) -> int:
         """Rows that decode at once: decided from the device's memory once in a run."""
@@ -216,29 +197,22 @@ class _Run:
             found = rundir.decided(self.directory, found)
         return int(from_first(np.asarray(found["rollout.slots"])))
 
-    def _start(self) -> None:
-        """From the newest checkpoint, or from the model; the reference is where the run started from."""
+    def _start(self, given: dict[str, str]) -> None:
+        """From the newest sound checkpoint, or from the model; ``given`` are digests of the inputs."""
         self.store = CheckpointStore(self.directory, self.config.checkpoint.keep)
-        self.learning.keep_reference(self.store)
-        self.record: dict[str, Any] = {"step": 0, "seconds": 0.0, "phases": {}, "accuracy": []}
-        newest = self.store.latest()
-        if newest is not None:
-            self.record = self.learning.restore(self.store, newest)
-            self.collector.restore(self.record["collector"])
-            self.phases.total.update(self.record["phases"])
-            self.facts.append(f"going on from step {newest} in {self.directory}")
-        below = None if newest is None else newest + 1
-        nowhere = None if is_first() else Path(os.devnull)
-        metrics = nowhere or self.directory / rundir.METRICS
-        if newest is None and metrics.is_file() and metrics.stat().st_size:
-            self.facts.append(f"no checkpoint yet in {self.directory}: begins anew, what was recorded is replaced")
-        self.metrics = JsonLines(metrics, below)
-        self.completions = JsonLines(nowhere or self.directory / rundir.COMPLETIONS, below)
-        history = () if newest is None or nowhere else tuple(read_json_lines(metrics))
+        beginning = begin(self.store, self.learning, self.collector, given)
+        self.record = beginning.record
+        self.record.setdefault("unscored", {"training": dict.fromkeys(self.names, 0), "held_out": 0})
         start = self.record["step"]
-        facts = tuple(self.facts)
-        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history)
+        self.phases.total.update(self.record["phases"])
+        if beginning.resumed:
+            self.facts.append(f"going on from step {start} in {self.directory}")
+        self.metrics, self.completions, history = open_lines(self.directory, beginning)
+        states, facts = self.record.get("callbacks", {}), tuple(self.facts)
+        run = Run(self.config, self.directory, self.tokenizer, self.names, start, facts, history, states, self.most_new)
         self.ended = self.watchers.start(run)
+        for text in [*self.warnings, *beginning.warnings]:
+            self.watchers.warn(text)
 
     def loop(self) -> dict[str, Any]:
         """All steps that remain, then the summary."""
@@ -251,6 +225,7 @@ class _Run:
                 if anywhere(interrupt.requested):
                     self.save(step)
                     raise interrupt.ended(step, self.directory)
+                self.watchers.begin(step + 1)
                 begun = time.perf_counter()
                 batch = self.collector.next(self.weights(), step)
                 self.view = None  # what decodes is a second copy of the model: none while training
@@ -276,6 +251,8 @@ class _Run:
         row |= {"tokens_per_second": int(batch.rollout.completion_len.sum()) / seconds} | self.compiles.take_step()
         row |= {f"logged/{name}" if name in row else name: value for name, value in batch.scored.metrics.items()}
         self.metrics.write(row)
+        for name in self.names:
+            self.record["unscored"]["training"][name] += row[f"rewards/{name}/unscored"]
         lines = completion_rows(
             step,
             batch.prompts,
@@ -305,7 +282,9 @@ class _Run:
         with self.phases("evaluate"):
             figures = self.evaluator.evaluate(view, self.collector.progress(step))
         row: dict[str, Any] = {"step": step, **figures}
-        self.record["accuracy"].append(row["eval/accuracy"])
+        accuracy = row["eval/accuracy"]
+        self.record["accuracy"].append(accuracy if np.isfinite(accuracy) else None)
+        self.record["unscored"]["held_out"] = row["eval/unscored"]
         row["seconds/elapsed"] = self.elapsed()
         self.metrics.write(row)
         return self.watchers.evaluation(Evaluation(step, row))
@@ -316,6 +295,7 @@ class _Run:
             return
         with self.phases("checkpoint"):
             self.record |= {"step": step, "collector": self.collector.state(), "phases": dict(self.phases.total)}
+            self.record["callbacks"] = self.watchers.state()
             self.learning.save(self.store, step, self.record | {"seconds": self.elapsed()})
 
     def finish(self) -> dict[str, Any]:
@@ -329,8 +309,9 @@ class _Run:
         accuracy = self.record["accuracy"]
         summary = {
             "accuracy_first": accuracy[0] if accuracy else None,
-            "accuracy_best": max(accuracy) if accuracy else None,
+            "accuracy_best": max((figure for figure in accuracy if figure is not None), default=None),
             "accuracy_last": accuracy[-1] if accuracy else None,
+            "unscored": self.record["unscored"],
             "steps": self.record["step"],
             "seconds": self.elapsed(),
             "seconds_by_phase": dict(self.phases.total),
@@ -385,15 +366,16 @@ def _check_arguments(model: Any, reward_funcs: Any, train_dataset: Any, config: 
             )
 
 
-def _agreed(decision: bool) -> bool:
-    return bool(from_first(np.asarray(decision)))
-
-
-def _configure_jax(config: TrainConfig) -> None:
-    if config.mesh.distributed:
-        initialize_distributed(config.mesh.coordinator, config.mesh.process_count, config.mesh.process_id)
-    require_devices(config.mesh.platform)
-    keep_compiled(config.compilation_cache)
+def _check_reward(model: Any, reward_funcs: Any, train_dataset: Any, config: TrainConfig) -> None:
+    """Refuse to judge a run with its own model and data by the shipped task's reward, unless somebody named that."""
+    named = reward_funcs is not None or "functions" in config.reward.model_fields_set
+    train = config.data.train if train_dataset is None else describe(train_dataset)
+    if not named and train != "quickstart" and str(model or config.model.path) != "quickstart":
+        raise ValueError(
+            "reward.functions: got none for a model and data of your own, and the default, 'quickstart', is the reward "
+            "of the task that the package ships. Name what judges your data, such as exact_match or "
+            "my_rewards.py:function, or give Trainer reward_funcs; name quickstart where it is meant."
+        )
 
 
 def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:
@@ -404,6 +386,8 @@ def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction])
         config.reward.options,
         TrainerState(max_steps=config.steps, max_completion_len=config.rollout.max_new_tokens),
         config.reward.stream,
+        config.reward.workers,
+        config.reward.environment,
     )
 
 

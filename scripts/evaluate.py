@@ -3,7 +3,8 @@
     python scripts/evaluate.py MODEL DATA [--reward exact_match] [--samples 8] [--prompts 200] [--max-new-tokens 256]
 
 MODEL is a Hugging Face directory, a hub id, or "quickstart"; DATA what data.eval takes. A completion is right when the
-reward function gives more than --correct-above. maj@k counts the answers that completions mark as final.
+reward function gives more than --correct-above. maj@k counts the answers that the reward function reads. A prompt with
+a completion that the reward did not score is left out and said; where a tenth of them is, the command fails.
 """
 
 import argparse
@@ -25,6 +26,8 @@ OPTIONS = {
     "eval.prompts": "--prompts",
     "eval.correct_above": "--correct-above",
     "data.prompt_column": "--prompt-column",
+    "reward.timeout_seconds": "--timeout-seconds",
+    "reward.workers": "--workers",
     "seed": "--seed",
 }
 """Fields of a run's config -> the options that are put there."""
@@ -35,6 +38,9 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--reward", help="default: exact_match, or quickstart for that model")
+    parser.add_argument("--timeout-seconds", type=float, default=30.0, help="for 16 completions in the reward")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the reward, each asked about 16 at a time")
+    parser.add_argument("--environment", nargs="*", default=[], metavar="NAME", help="secrets that the reward gets")
     parser.add_argument("--samples", type=int, default=8, help="k; 0 judges greedily only")
     parser.add_argument("--prompts", type=int, help="the first so many")
     parser.add_argument("--prompt-column", default="prompt")
@@ -69,7 +75,12 @@ def config_of(asked: argparse.Namespace) -> TrainConfig:
         "model": {"path": asked.model, "dtype": asked.dtype, "param_dtype": asked.dtype},
         "data": {"eval": asked.data, "prompt_column": asked.prompt_column, "as_messages": asked.as_messages},
         "rollout": rollout | {"prompts_per_step": asked.slots, "num_samples": 2, "slots": asked.slots},
-        "reward": {"functions": [asked.reward]},
+        "reward": {
+            "functions": [asked.reward],
+            "timeout_seconds": asked.timeout_seconds,
+            "workers": asked.workers,
+            "environment": asked.environment,
+        },
         "eval": {"prompts": asked.prompts, "correct_above": asked.correct_above},
     }
     try:
@@ -87,7 +98,7 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
     import numpy as np
 
     from grpo_jax.data import held_out_prompts, load_tokenizer, resolve_model, stop_ids
-    from grpo_jax.evaluation import bootstrap_interval
+    from grpo_jax.evaluation import bootstrap_interval, meaningless, verdicts
     from grpo_jax.metrics import keep_compiled
     from grpo_jax.models import load_model
     from grpo_jax.rewards import RewardPool
@@ -101,7 +112,9 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
     tokenizer = load_tokenizer(source)
     stops = stop_ids(source, tokenizer)
     held_out = held_out_prompts(config, tokenizer)["eval"]
-    with RewardPool([asked.reward], config.reward.timeout_seconds, config.reward.memory_limit_mb) as pool:
+    reward, problems = config.reward, list[str]()
+    limits = {"workers": reward.workers, "environment": reward.environment}
+    with RewardPool([asked.reward], reward.timeout_seconds, reward.memory_limit_mb, **limits) as pool:
         pool.check_columns(held_out.columns)
         longest = held_out.longest + config.rollout.max_new_tokens
         model, params = load_model(source, config.model.dtype, param_dtype=config.model.param_dtype, longest=longest)
@@ -121,20 +134,26 @@ def figures(asked: argparse.Namespace) -> Iterator[tuple[str, float, float, floa
             answers = scorer.rewards(held_out.prompts, rollout)
             for warning in answers.warnings:
                 print(f"warning: {warning}", file=sys.stderr)
-            right = (np.nan_to_num(answers.by_function[0]) > asked.correct_above).reshape(-1, k)
+            judged, right = verdicts(answers.by_function[0].reshape(-1, k), asked.correct_above)
+            problems += filter(None, [meaningless(judged, pool.names[0])])
+            texts = [text for n, text in enumerate(answers.completions) if judged[n // k]]
+            if len(texts) < len(judged) * k:
+                print(f"{(~judged).sum()} of {len(judged)} prompts are not scored and left out", file=sys.stderr)
             greedy = [("greedy", right[:, 0].astype(float))]
-            for name, values in of_samples(right, answers.completions) if options is sampling else greedy:
-                yield name, float(np.mean(values)), *bootstrap_interval(values)
+            for name, values in of_samples(right, texts, asked.reward) if texts and options is sampling else greedy:
+                if texts:
+                    yield name, float(np.mean(values)), *bootstrap_interval(values)
+    if problems:
+        raise ValueError(problems[0])
 
 
-def of_samples(right: Any, texts: list[str]) -> list[tuple[str, Any]]:
-    """[P, k] bool and the P * k texts -> the figures by prompt, each [P]."""
+def of_samples(right: Any, texts: list[str], reward: str) -> list[tuple[str, Any]]:
+    """[P, k] bool, the P * k texts and the reward that judged them -> the figures by prompt, each [P]."""
     from grpo_jax.evaluation import avg_at_k, maj_at_k, pass_at_k
-    from grpo_jax.rewards.answers import marked_answer, normalise
+    from grpo_jax.rewards.votes import vote_of
 
     k = right.shape[1]
-    marked = [marked_answer(text) for text in texts]
-    said = [None if answer is None else normalise(answer) for answer in marked]
+    said = list(map(vote_of(reward), texts))
     votes = [said[start : start + k] for start in range(0, len(said), k)]
     counts = right.sum(1)
     return [

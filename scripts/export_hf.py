@@ -16,6 +16,7 @@ from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import resolve_model
 from grpo_jax.learner.learning import adapted
+from grpo_jax.manifest import ABSENT
 from grpo_jax.models import read_model, save_hf, save_peft
 from grpo_jax.rundir import CHECKPOINTS, CONFIG
 
@@ -34,16 +35,33 @@ def export(
     if (step is not None and step not in steps) or not steps:
         listed = ", ".join(map(str, steps)) or "none"
         raise ValueError(f"{run}: got no checkpoint of step {step}; there are: {listed}; give one of them as --step")
-    step = steps[-1] if step is None else step
+    step = _sound(store, run, step)
     target = run / f"hf-{step}" if out is None else out
     trained = store.restore_params(step, model.trained(model.abstract_params))
     if peft:
         save_peft(model, trained, target, base=str(source))
     else:
+        for line in () if model.lora is None else store.check_reference():
+            print(f"warning: {line}", file=sys.stderr)
         frozen = None if model.lora is None else store.restore_reference(model.base.abstract_params)
         save_hf(model, model.joined(trained, frozen), target, source=source, dtype=dtype)
     store.close()
     return target
+
+
+def _sound(store: CheckpointStore, run: Path, step: int | None) -> int:
+    """The step to write, by default the newest sound one; what is not sound is said."""
+    if step is None:
+        found = store.newest_sound()
+        for line in found.lines():
+            print(f"warning: {line}", file=sys.stderr)
+        assert found.step is not None  # there are steps
+        return found.step
+    if (wrong := store.fault(step)) == ABSENT:
+        print(f"warning: the checkpoint of step {step} {wrong}; it may not be whole", file=sys.stderr)
+    elif wrong is not None:
+        raise ValueError(f"{run}: the checkpoint of step {step} is damaged ({wrong}); give another --step")
+    return step
 
 
 def main() -> int:

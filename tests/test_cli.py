@@ -12,6 +12,7 @@ from grpo_jax.cli import in_a_line, main, parse
 from grpo_jax.config import Section, TrainConfig
 from grpo_jax.config.arguments import merge, read_command
 from grpo_jax.config.fields import ELSEWHERE, WHOLE, leaves
+from grpo_jax.functions import find_function
 
 
 class Inner(Section):
@@ -56,6 +57,15 @@ class Outer(Section):
         ("--inner.names=", {"inner": {"names": ()}}),
         ("--inner.texts a,b", {"inner": {"texts": ("a,b",)}}),
         ("--inner.texts=", {"inner": {"texts": ("",)}}),
+        ("--inner.names [a]", {"inner": {"names": ("[a]",)}}),
+        ("--inner.texts [/INST]", {"inner": {"texts": ("[/INST]",)}}),
+        ('--inner.texts ["a","[b]"]', {"inner": {"texts": ("a", "[b]")}}),
+        ("--source [a].jsonl", {"source": "[a].jsonl"}),
+        ("--source {a}.jsonl", {"source": "{a}.jsonl"}),
+        ("--options.regex.pattern [0-9]+", {"options": {"regex": {"pattern": "[0-9]+"}}}),
+        ("--options.regex.pattern=a=b", {"options": {"regex": {"pattern": "a=b"}}}),
+        ("--options.regex.pattern 2024-01-02", {"options": {"regex": {"pattern": "2024-01-02"}}}),
+        ("--options.regex.pattern 1_000", {"options": {"regex": {"pattern": "1_000"}}}),
         ("--inner.weights 1,-0.5", {"inner": {"weights": (1.0, -0.5)}}),
         ("--inner.weights -1 0.5", {"inner": {"weights": (-1.0, 0.5)}}),
         ("--inner.weights none", {"inner": {"weights": None}}),
@@ -80,7 +90,10 @@ def test_values_of_each_kind(words, tables):
     assert got == tables
 
 
-@pytest.mark.parametrize("text", ["\n", ", ", "Hello, world", ": "])
+STOPS = ["\n", ", ", "Hello, world", ": ", "[/INST]", "{", "[1]", "42", '"', "a=b", "==", "none", "0x2A", "[" * 5000]
+
+
+@pytest.mark.parametrize("text", STOPS, ids=range(len(STOPS)))
 def test_one_stop_string_is_taken_as_it_is(text):
     assert parse(["--rollout.stop_strings", text])[0].rollout.stop_strings == (text,)
 
@@ -179,3 +192,18 @@ def test_help_of_one_table_shows_the_values_of_a_config(tmp_path, capsys):
     assert "--optim.learning_rate" in out and "0.125" in out and "--model.path" not in out
     assert main(["--help", "optin"]) == 2
     assert capsys.readouterr().err == "error: --help: there is no table 'optin'; did you mean optim?\n"
+
+
+def test_what_lies_beside_a_script_hides_no_library(tmp_path, monkeypatch):
+    for folder in ("scripts", "site"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "evaluate.py").write_text(f"place = {folder!r}\n")
+    (tmp_path / "mine.py").write_text("import evaluate\n\n\ndef place():\n    return evaluate.place\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "scripts"), str(tmp_path / "site"), *sys.path])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "scripts" / "train.py"), raising=False)
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    for begin in (lambda: main(["--version"]), lambda: in_a_line(lambda: None)):
+        assert begin() == 0
+        assert sys.path[0] == str(tmp_path / "site") and sys.path.count(str(tmp_path / "scripts")) == 1
+    assert find_function(f"{tmp_path}/mine.py:place")() == "site"
+    monkeypatch.delitem(sys.modules, "evaluate")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def test_command_line_over_file_over_preset(tmp_path):
         ({"algorithm": {"preset": "gdpo", "reward_clip": 1.0}}, "algorithm.reward_clip"),
         ({"algorithm": {"overlong_buffer_len": 8}}, "algorithm.overlong_buffer_len"),
         ({"algorithm": {"preset": "dapo", "adaptive_kl": {"target": 1.0}}}, "algorithm.adaptive_kl.target"),
+        ({"algorithm": {"adaptive_kl": {"target": 1.0, "horizon": 51.2}}}, "algorithm.adaptive_kl.horizon"),
         ({"algorithm": {"adaptive_entropy": {"target": 1.0, "low": 0.1}}}, "algorithm.adaptive_entropy"),
         ({"algorithm": {"preset": "dapo", "reference_follow": {"every": 8}}}, "algorithm.reference_follow.every"),
         ({"algorithm": {"soft_overlong": True}, "reward": {"functions": ["soft_overlong"]}}, "algorithm.soft_overlong"),
@@ -210,3 +212,46 @@ def test_a_kl_that_is_switched_off_is_not_in_the_reward():
     config = TrainConfig.from_tables({"algorithm": {"preset": "rloo", "loss": {"kl_coef": 0.0}}})
     assert config.loss.kl_coef == 0 and not config.loss.kl_in_reward
     assert TrainConfig.from_tables({"algorithm": {"preset": "rloo"}}).loss.kl_in_reward
+
+
+def _deep(kind, levels=3000):
+    value = kind()
+    for _ in range(levels):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+ODD = (None, True, "x", [], {}, [[1]], {"a": {"b": 1}}, 10**30, -(10**30), 10**400, 10**5000, 1e308, math.inf, math.nan)
+ODD += ([10**30], [10**5000], _deep(list), _deep(dict), "1" * 5000, b"x", object())
+
+
+@pytest.mark.parametrize("path", [name for name, _ in fields.leaves(TrainConfig)])
+def test_whatever_a_field_holds_is_taken_or_refused_in_a_line_that_names_it(path):
+    first, *rest = path.split(".")
+    for value in ODD:
+        tables = value
+        for name in reversed(rest):
+            tables = {name: tables}
+        try:
+            TrainConfig.from_tables({"output_dir": "run", first: tables})
+        except ValueError as error:
+            assert all(line.startswith((path, first)) for line in str(error).splitlines()), str(error)
+
+
+def test_a_file_that_python_cannot_read_is_said_to_be_no_toml(tmp_path):
+    for text in ("steps = " + "9" * 5000, "a = " + "[" * 5000, "a = {a=" * 3000):
+        (tmp_path / "c.toml").write_text(text)
+        with pytest.raises(ValueError, match="c.toml is not TOML: .* Configs are TOML"):
+            TrainConfig.from_toml(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    "path", ["optim.learning_rate", "reward.timeout_seconds", "eval.correct_above", "algorithm.eps"]
+)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_number_is_finite_but_for_the_bounds_of_a_loss(path, value):
+    table, name = path.split(".")
+    with pytest.raises(ValueError, match=f"^{path}: got {value}, but it must be a finite number"):
+        TrainConfig.from_tables({table: {name: value}})
+    loss = {"correction": "tis", "correction_high": math.inf}
+    assert TrainConfig.from_tables({"algorithm": {"loss": loss}}).loss.correction_high == math.inf

@@ -94,3 +94,7 @@ def test_contract_12_two_processes_of_four_devices_train_as_one_of_eight(place):
     said = [process.communicate(timeout=240)[0] for process in again]
     assert [process.returncode for process in again] == [0, 0], said
     assert "going on from step 3" in said[0]
+    alone = start(place, 8, "--output_dir", "two", "--reward.stream", "digits")
+    said = alone.communicate(timeout=240)[0]
+    assert alone.returncode == 0 and "going on from step 3" in said, said
+    assert "mesh.distributed: True -> False" in said and "by rounding only" in said

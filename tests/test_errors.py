@@ -20,10 +20,10 @@ import pytest
 from error_cases import REQUESTS
 
 import grpo_jax
-from grpo_jax.callbacks.lock import LOCK, Lock
 from grpo_jax.cli import main
 from grpo_jax.config import TrainConfig
 from grpo_jax.config.fields import leaves
+from grpo_jax.lock import LOCK, Lock
 from grpo_jax.metrics import JsonLines
 from grpo_jax.testing import tiny_checkpoint, tiny_config
 
@@ -212,7 +212,8 @@ def test_what_is_on_the_disk_stays_safe(capsys, directory):
 
 def test_a_full_disk_at_the_start_costs_no_line_of_the_record(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "padding": "x" * 1000}) + "\n" for step in range(30)))
+    lines = [json.dumps({"step": step, "padding": "x" * 1000}) + "\n" for step in range(30)]
+    path.write_text("".join([*lines[:9], "damaged\n", *lines[9:]]))  # so that cutting it short is not enough
     before = path.read_bytes()
     with file_size_limit(20_000), pytest.raises(OSError, match="File too large"):
         JsonLines(path, keep_below=25)

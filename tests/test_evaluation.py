@@ -2,13 +2,18 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.evaluation import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k
+from grpo_jax.config import TrainConfig
+from grpo_jax.evaluation import avg_at_k, bootstrap_interval, maj_at_k, meaningless, pass_at_k, verdicts
+from grpo_jax.evaluator import Evaluator
+from grpo_jax.rollout import Sampling
+from grpo_jax.scoring import Answers
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
@@ -110,3 +115,42 @@ def test_bootstrap_edges():
             bootstrap_interval(values)
     with pytest.raises(ValueError, match="got 0 draws"):
         bootstrap_interval([1.0], draws=0)
+
+
+def test_a_sample_without_a_reward_is_neither_right_nor_wrong():
+    judged, right = verdicts([[1.0, 0.0], [np.nan, 1.0], [0.6, 0.5], [np.nan, np.nan]], 0.5)
+    assert judged.tolist() == [True, False, True, False] and right.tolist() == [[True, False], [True, False]]
+    assert meaningless([True] * 18 + [False] * 2, "f") is None
+    assert "'f' did not score all samples of 3 of 20 prompts" in meaningless([True] * 17 + [False] * 3, "f")
+
+
+class Says:
+    """A scorer that is asked for the first function alone, and says what it is told."""
+
+    def __init__(self, *said):
+        self.said = list(said)
+
+    def rewards(self, prompts, rollout, state, only):
+        assert only == (0,)
+        rewards = np.asarray(self.said.pop(0), np.float32)
+        return Answers([""] * len(rewards), np.stack([rewards, np.full_like(rewards, np.nan)]), ("a loss",))
+
+
+@pytest.mark.parametrize(
+    ("greedy", "samples", "expected", "means"),
+    [
+        ([1, 1, 0, 0], [1, 0, 1, 1, 0, 0, 0, 0], (0.5, 0.375, 0.5, 0), True),
+        ([1, None, 1, 0], [1, 0, 1, 1, None, 0, 0, 0], (2 / 3, 0.5, 2 / 3, 2), False),
+        ([None] * 4, [None] * 8, (math.nan, math.nan, math.nan, 12), False),
+    ],
+)
+def test_an_evaluation_counts_what_was_not_scored_and_leaves_it_out(greedy, samples, expected, means):
+    config = TrainConfig.from_tables({"eval": {"samples": 2}, "reward": {"functions": ["own.py:judge", "b.py:f"]}})
+    said = [[np.nan if value is None else value for value in values] for values in (greedy, samples)]
+    warnings, held_out = [], {"eval": SimpleNamespace(prompts=[None] * 4)}
+    engine = SimpleNamespace(generate=lambda *_, **__: None)
+    parts = (held_out, engine, Says(*said), Sampling(max_new_tokens=4), config, warnings.append)
+    out = Evaluator(*parts).evaluate(None)
+    names = ("accuracy", "avg_at_k", "pass_at_k", "unscored")
+    np.testing.assert_allclose([out[f"eval/{name}"] for name in names], expected, rtol=1e-6)
+    assert any("'judge' did not score" in text and "mean nothing" in text for text in warnings) != means

@@ -1,6 +1,7 @@
 """What a step does around the update: which passes run, what is picked, what moves on, and functions of the user's."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -210,3 +211,16 @@ def test_own_functions_are_refused_by_field_before_anything_is_compiled(own, alg
     with CompileLog() as compiles, pytest.raises(ValueError, match=said):
         learning_for(config_for("bnpo", algorithm=algorithm))
     assert compiles.count == 0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_coefficients_stay_where_a_step_has_no_finite_figure(broken):
+    tables = {"adaptive_kl": {"target": 1.0}, "adaptive_entropy": {"target": 1.0}}
+    controllers = Controllers(config_for("grpo", algorithm=tables))
+    controllers.advance({"kl_per_sequence": 2.0, "entropy": 0.5}, 16)
+    before = controllers.state()
+    controllers.advance({"kl_per_sequence": broken, "entropy": broken}, 16)
+    assert controllers.state() == before and all(map(math.isfinite, controllers.figures.values()))
+    controllers.kl_coef = 3.4e38
+    controllers.advance({"kl_per_sequence": 9.0, "entropy": 0.5}, 16)
+    assert math.isfinite(controllers.figures["kl_coef"])

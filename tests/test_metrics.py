@@ -165,3 +165,13 @@ def test_phases_are_counted_by_step_and_in_all(monkeypatch):
     with phases("a"):
         pass
     assert dict(phases.total) == {"a": 9.0, "b": 2.0} and phases.take_step() == {"a": 3.0}
+
+
+def test_completions_without_a_reward_are_counted_in_all_and_by_function():
+    scored = step_of(3).scored
+    by_function = np.nan_to_num(scored.by_function)
+    by_function[0, :3] = by_function[1, 2:4] = np.nan
+    valid = np.isfinite(by_function).any(0).reshape(scored.scored.shape)
+    row = reward_metrics(NAMES, replace(scored, by_function=by_function, scored=valid))
+    assert (row["unscored"], *(row[f"rewards/{name}/unscored"] for name in NAMES)) == (1, 3, 2)
+    assert row[f"rewards/{NAMES[0]}/mean"] == pytest.approx(by_function[0, 3:].mean())

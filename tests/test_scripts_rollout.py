@@ -197,9 +197,24 @@ def test_evaluate_prints_every_figure_with_its_interval(checkpoint, monkeypatch,
     assert all(re.search(r"\d\.\d% +95 % interval \d+\.\d% to \d+\.\d%", line) for line in lines)
 
 
+def test_evaluate_says_what_was_not_scored_and_fails_where_it_is_much(checkpoint, monkeypatch, capsys, tmp_path):
+    data, own = tmp_path / "data.jsonl", tmp_path / "own.py"
+    data.write_text("".join(json.dumps({"prompt": f"{a}+2=", "answer": str(a + 2)}) + "\n" for a in range(4)))
+    own.write_text("def f(completions, answer, **columns): return [None if right == '2' else 1.0 for right in answer]")
+    arguments = [checkpoint, data, "--samples", 0, "--max-new-tokens", 6, "--reward", f"{own}:f"]
+    assert run("evaluate", monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out.split()[:2] == ["greedy", "100.0%"]  # of those that were scored
+    assert "1 of 4 prompts are not scored and left out" in said.err
+    assert "error: the reward 'f' did not score all samples of 1 of 4 prompts" in said.err
+
+
 def test_figures_of_samples(monkeypatch):
     evaluate = script("evaluate")
     right = np.array([[True, False, True], [False, False, False]])
     texts = ["=4", "=5", "= 4", "=1", "nothing", "=2"]
-    made = {name: values.tolist() for name, values in evaluate.of_samples(right, texts)}
+    made = {name: values.tolist() for name, values in evaluate.of_samples(right, texts, "exact_match")}
     assert made == {"avg@3": [2 / 3, 0.0], "pass@3": [1.0, 0.0], "maj@3": [1.0, 0.0]}
+    boxes = [r"\boxed{4} = 5", r"\boxed{6} = 7", r"\boxed{4.0} = 7", "1", "1", r"\boxed{2}"]  # read as boxed reads
+    right[1] = [False, False, True]
+    assert dict(evaluate.of_samples(right, boxes, "boxed"))["maj@3"].tolist() == [1.0, 1.0]

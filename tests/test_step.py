@@ -11,12 +11,13 @@ import pytest
 from grpo_jax.algo.spec import PRESETS, LossConfig
 from grpo_jax.batching import layout_for, pack
 from grpo_jax.config import OptimConfig
-from grpo_jax.learner.optimizer import learning_rate, make_optimizer
+from grpo_jax.learner.optimizer import apply, learning_rate, make_optimizer, round_at_random
 from grpo_jax.learner.step import Learner
 from grpo_jax.mesh import batch_sharding, make_mesh
 from grpo_jax.metrics import CompileLog, means
 from grpo_jax.rollout import generate
 from grpo_jax.testing import tiny_model
+from grpo_jax.types import TrainState
 
 PROMPTS = [[5, 6, 7], [8, 9], [9, 10, 11, 12], [3, 3]]
 LIMIT, WIDTH = 8, 16 + 8
@@ -241,3 +242,31 @@ def test_weight_decay_and_clip_act_as_named(tiny, rollout):
     state, _, _ = clipped.update(clipped.init(jax.tree.map(jnp.copy, params)), batch, np.int32(16))
     moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, params, state.params))
     assert float(moved) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_updates_below_a_step_of_bfloat16_add_up_and_the_same_ones_come_again():
+    optimizer, zeros = optax.sgd(1.0), {"w": jnp.zeros(4096)}
+    still = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), zeros)
+    start = TrainState({"w": jnp.ones(4096, jnp.bfloat16)}, optimizer.init(zeros), jnp.zeros((), jnp.int32))
+
+    @jax.jit
+    def after_100(state, grad, whose):
+        fine = jnp.asarray(True)
+        step = lambda _, s: apply(optimizer, s, {"w": jnp.full(4096, grad)}, fine, still, (3, whose))  # noqa: E731
+        return jax.lax.fori_loop(0, 100, step, state).params["w"]
+
+    down = after_100(start, 1e-4, 1)  # a fortieth of the step below 1, which rounding to the nearest would lose
+    assert down.dtype == jnp.bfloat16 and abs(float(down.astype(jnp.float32).mean()) - 0.99) < 1e-3
+    np.testing.assert_array_equal(down, after_100(start, 1e-4, 1))
+    assert (down != after_100(start, 1e-4, 2)).any()
+    np.testing.assert_array_equal(after_100(start, 0.0, 1), start.params["w"])
+
+
+def test_rounding_at_random_takes_a_neighbour_and_leaves_what_fits():
+    x = jnp.array([1.0, -2.5, 0.0, jnp.inf, -jnp.inf, jnp.nan, 1 + 2**-9, -(1 + 2**-9)], jnp.float32)
+    many = jnp.broadcast_to(x, (400, 8))
+    (each,) = round_at_random([many], [many.astype(jnp.bfloat16)], jax.random.key(0))
+    each = each.astype(jnp.float32)
+    np.testing.assert_array_equal(each[:, :6], many[:, :6])
+    assert set(np.unique(each[:, 6])) == {1.0, 1 + 2**-7} and abs(float((each[:, 6] > 1).mean()) - 0.25) < 0.1
+    assert set(np.unique(each[:, 7])) == {-1.0, -(1 + 2**-7)}

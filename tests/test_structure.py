@@ -14,13 +14,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = [
     {"algo.spec", "algo.refusals", "config.fields", "quickstart.task"}
     | {"models.families", "models.fields", "models.keys", "models.rotary_spec", "models.spec"},
-    {"types", "config", "functions", "evaluation"},
+    {"types", "config", "functions", "evaluation", "lock", "manifest", "coordinator"},
     {"algo", "mesh"},
     {"models"},
     {"rollout", "rewards", "data", "batching"},
-    {"learner", "scoring", "checkpoint", "metrics", "preflight", "rundir", "interrupt", "testing", "quickstart"},
+    {"learner", "scoring", "checkpoint", "metrics", "preflight", "rundir", "interrupt", "testing", "quickstart"}
+    | {"peers"},
     {"callbacks", "collect", "evaluator"},
-    {"learner.learning"},
+    {"learner.learning", "inputs"},
+    {"beginning"},
     {"trainer"},
     {"cli"},
 ]
@@ -32,6 +34,8 @@ HOST_ONLY = (
     "evaluation",
     "rundir",
     "interrupt",
+    "lock",
+    "manifest",
     "cli",
     "quickstart",
     "algo.spec",

@@ -9,6 +9,7 @@ import pytest
 
 import grpo_jax
 from grpo_jax.callbacks import Callback
+from grpo_jax.cli import QUICKSTART, parse
 from grpo_jax.config import TrainConfig
 from grpo_jax.learner.step import Learner
 from grpo_jax.metrics import read_json_lines
@@ -270,7 +271,7 @@ def test_the_record_describes_what_was_handed_in(checkpoint, tmp_path):
 
 def test_held_out_prompts_of_the_config_hold_beside_rows(checkpoint, tmp_path):
     config = config_for(tmp_path, data={"eval": "held_out.jsonl"})
-    trainer = grpo_jax.Trainer(model=checkpoint, train_dataset=ROWS, config=config)
+    trainer = grpo_jax.Trainer(checkpoint, share_of_digits, ROWS, config=config)
     assert trainer.config.data.eval == "held_out.jsonl"
 
 
@@ -278,6 +279,24 @@ def test_held_out_prompts_of_the_config_hold_beside_rows(checkpoint, tmp_path):
 def test_a_callback_that_is_none_is_refused_at_once(checkpoint, callback):
     with pytest.raises(ValueError, match=r"^callbacks: got .* derive its class from that, and give an object of it$"):
         grpo_jax.Trainer(model=checkpoint, train_dataset=ROWS, callbacks=[callback])
+
+
+def test_own_model_and_data_are_not_judged_by_the_shipped_reward_unless_it_is_named(checkpoint, tmp_path):
+    own = {"model": {"path": str(checkpoint)}, "data": {"train": "own.jsonl"}}
+    for arguments in (
+        {"model": checkpoint, "train_dataset": ROWS},
+        {"config": config_for(tmp_path, **own)},
+        {"config": config_for(tmp_path, **own, reward={"weights": [1.0]})},
+        {"config": parse([f"--model.path={checkpoint}", "--data.train=own.jsonl"])[0]},
+        {"config": parse([str(QUICKSTART), f"--model.path={checkpoint}", "--data.train=own.jsonl"])[0]},
+    ):
+        with pytest.raises(
+            ValueError, match=r"^reward\.functions: got none for a model and data of your own, .* Name "
+        ):
+            grpo_jax.Trainer(**arguments)
+    named = config_for(tmp_path, **own, reward={"functions": ["quickstart"]})
+    for arguments in ({"config": named}, {"model": checkpoint}, {"train_dataset": ROWS}, {}):
+        assert grpo_jax.Trainer(**arguments).config.reward.functions == ("quickstart",)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_says_that_it_begins_anew(checkpoint, tmp_path, capsys):

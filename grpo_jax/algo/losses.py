@@ -1,7 +1,7 @@
 """Surrogates: per-token terms of the policy loss, to be minimised (MATH.md section 3).
 
 Every surrogate has the signature `f(inputs, config) -> Term`, where the ratio in `inputs` is of the config's level.
-A is the advantage, rho the ratio; at an exact tie with a bound the unclipped branch has the gradient.
+A is the advantage, rho the ratio; at a tie with a bound, or nearly, the unclipped branch has the gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from grpo_jax.algo.arrays import LOG_RATIO_LIMIT, bound, fixed, keep, magnitude
+from grpo_jax.algo.arrays import LOG_RATIO_LIMIT, above, below, bound, fixed, keep, magnitude
 from grpo_jax.algo.ratios import Tokens
 from grpo_jax.algo.spec import LossConfig
 
@@ -68,7 +68,7 @@ def ppo_clip(inputs: Inputs, config: LossConfig) -> Term:
     cap = config.dual_clip if config.delta is None else config.delta
     gain = advantages >= 0
     clipped = jnp.where(gain, bound(ratio, None, high), bound(ratio, low, cap))
-    return Term(-advantages * clipped, ~gain & _below(ratio, low), (advantages > 0) & _above(ratio, high))
+    return Term(-advantages * clipped, ~gain & below(ratio, low), (advantages > 0) & above(ratio, high))
 
 
 def cispo(inputs: Inputs, config: LossConfig) -> Term:
@@ -76,7 +76,7 @@ def cispo(inputs: Inputs, config: LossConfig) -> Term:
     tokens = inputs.tokens
     low, high = ratio_bounds(config)
     weight = fixed(bound(inputs.ratio, low, high))
-    return Term(-weight * tokens.advantages * tokens.logp, _below(inputs.ratio, low), _above(inputs.ratio, high))
+    return Term(-weight * tokens.advantages * tokens.logp, below(inputs.ratio, low), above(inputs.ratio, high))
 
 
 def sapo(inputs: Inputs, config: LossConfig) -> Term:
@@ -95,8 +95,8 @@ def gmpo(inputs: Inputs, config: LossConfig) -> Term:
     loss = -tokens.advantages * jnp.exp(tokens.sequences.mean(clipped))
     return Term(
         loss,
-        (tokens.advantages < 0) & _below(tokens.log_ratio, low),
-        (tokens.advantages > 0) & _above(tokens.log_ratio, config.clip_high),
+        (tokens.advantages < 0) & below(tokens.log_ratio, low),
+        (tokens.advantages > 0) & above(tokens.log_ratio, config.clip_high),
     )
 
 
@@ -134,8 +134,8 @@ def dppo(inputs: Inputs, config: LossConfig) -> Term:
     """-sg(keep min(rho, 20)) A log pi; dropped is what moved too far with A, in probability. 2602.04879."""
     tokens = inputs.tokens
     moved = fixed(jnp.exp(tokens.logp) - jnp.exp(tokens.old_logp))
-    low = (tokens.advantages < 0) & _below(moved, None if config.clip_low is None else -config.clip_low)
-    high = (tokens.advantages > 0) & _above(moved, config.clip_high)
+    low = (tokens.advantages < 0) & below(moved, None if config.clip_low is None else -config.clip_low)
+    high = (tokens.advantages > 0) & above(moved, config.clip_high)
     weight = keep(~(low | high), fixed(bound(inputs.ratio, None, 20.0)))
     return Term(-weight * tokens.advantages * tokens.logp, low, high)
 
@@ -146,14 +146,6 @@ def ratio_bounds(config: LossConfig) -> tuple[float | None, float | None]:
         None if config.clip_low is None else 1 - config.clip_low,
         None if config.clip_high is None else 1 + config.clip_high,
     )
-
-
-def _below(x: Array, low: float | None) -> Array:
-    return jnp.zeros(x.shape, bool) if low is None else x < low
-
-
-def _above(x: Array, high: float | None) -> Array:
-    return jnp.zeros(x.shape, bool) if high is None else x > high
 
 
 def _unclipped(loss: Array) -> Term:

@@ -150,7 +150,7 @@ def _with_statistics(
 def _choice(config: LossConfig, tokens: Tokens, counts: Denominators, entropy: Array | None, who: Identity) -> Choice:
     """Return what the statistics pick among the tokens at hand."""
     threshold = counts.entropy_threshold
-    kept = None if entropy is None or threshold is None else fixed(entropy) >= threshold
+    kept = None if entropy is None or threshold is None else statistics.high_entropy(fixed(entropy), threshold)
     return Choice(statistics.chosen(config, tokens, counts, who), kept if config.entropy_top < 1 else None)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from grpo_jax.algo.arrays import bound, clamp_log, fixed, keep
+from grpo_jax.algo.arrays import SLACK, above, below, bound, clamp_log, fixed, keep
 from grpo_jax.algo.segments import Sequences
 from grpo_jax.algo.spec import LossConfig
 
@@ -63,9 +63,9 @@ Bounds = tuple[float | None, float | None]
 
 
 def inside(weight: Array, bounds: Bounds) -> Array:
-    """Return whether low <= weight <= high."""
+    """Return whether low <= weight <= high, but for rounding."""
     low, high = bounds
-    return (weight >= (-jnp.inf if low is None else low)) & (weight <= (jnp.inf if high is None else high))
+    return ~(below(weight, low) | above(weight, high))
 
 
 def tis(log_weight: Array, sequences: Sequences, bounds: Bounds) -> Array:
@@ -130,11 +130,11 @@ def sampler_weight(tokens: Tokens, sampler_logp: Array, config: LossConfig) -> A
 def not_vetoed(tokens: Tokens, sampler_logp: Array, veto: float) -> Array:
     """Return whether no token of the sequence has w = pi_old / pi_sampler below the veto."""
     weight = jnp.exp(clamp_log(tokens.old_logp - sampler_logp))
-    return ~tokens.sequences.any(weight < veto)
+    return ~tokens.sequences.any(weight < veto * (1 - SLACK))
 
 
 def not_off_policy(tokens: Tokens, sampler_logp: Array | None, threshold: float) -> Array:
     """Return whether A >= 0 or the sequence's mean of log(q / pi) is at most the threshold. 2512.02556."""
     behaviour = tokens.old_logp if sampler_logp is None else sampler_logp
     drift = tokens.sequences.mean(fixed(behaviour - tokens.logp))
-    return ~((tokens.advantages < 0) & (drift > threshold))
+    return ~((tokens.advantages < 0) & above(drift, threshold))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from grpo_jax.algo.arrays import as_float, clamp_log, fixed, keep
+from grpo_jax.algo.arrays import ENTROPY_GRID, above, as_float, below, clamp_log, coarse, fixed, keep
 from grpo_jax.algo.losses import ratio_bounds
 from grpo_jax.algo.ratios import Tokens
 from grpo_jax.algo.refusals import refuse
@@ -195,7 +195,7 @@ def choose(
     kept = None
     if step.entropy_threshold is not None:
         assert entropy is not None
-        kept = keep(_trained(mask, segments), as_float(entropy)) >= step.entropy_threshold
+        kept = high_entropy(keep(_trained(mask, segments), as_float(entropy)), step.entropy_threshold)
     return Choice(picked, kept)
 
 
@@ -207,8 +207,8 @@ def count(mask: Array, segments: Array | None, sequences: Array | int | None = N
 
 
 def entropy_threshold(config: LossConfig, mask: Array, entropy: Array) -> Array:
-    """Return the (1 - entropy_top) quantile of the entropy over the trained tokens, linearly interpolated."""
-    ordered = jnp.sort(jnp.where(mask, entropy, jnp.inf), axis=None)
+    """Return the (1 - entropy_top) quantile of the trained tokens' rounded entropy, linearly interpolated."""
+    ordered = jnp.sort(jnp.where(mask, _rounded(entropy), jnp.inf), axis=None)
     place = (1 - config.entropy_top) * jnp.maximum(jnp.sum(mask) - 1, 0).astype(entropy.dtype)
     below = jnp.floor(place).astype(jnp.int32)
     above = jnp.minimum(below + 1, jnp.maximum(jnp.sum(mask) - 1, 0))
@@ -216,10 +216,19 @@ def entropy_threshold(config: LossConfig, mask: Array, entropy: Array) -> Array:
     return jnp.where(high > low, low + (high - low) * (place - below), low)
 
 
+def high_entropy(entropy: Array, threshold: Array) -> Array:
+    """Return which tokens keep their policy term under entropy_top: rounded, their entropy is at least the threshold.
+
+    Prompts and prefixes that samples share make whole blocks of tokens equal but for the last bit, which another
+    program rounds otherwise.
+    """
+    return _rounded(entropy) >= threshold
+
+
 def covariance(tokens: Tokens, step: Denominators) -> Array:
-    """Return (A - mean A)(logp - mean logp) without gradient, [N, T]. 2505.22617."""
+    """Return (A - mean A)(logp - mean logp), rounded and without gradient, [N, T]. 2505.22617."""
     assert step.cov_mean_adv is not None and step.cov_mean_logp is not None
-    return (tokens.advantages - step.cov_mean_adv) * (fixed(tokens.logp) - step.cov_mean_logp)
+    return coarse((tokens.advantages - step.cov_mean_adv) * (fixed(tokens.logp) - step.cov_mean_logp))
 
 
 def covariance_statistics(config: LossConfig, tokens: Tokens, step: Denominators, who: Identity) -> Denominators:
@@ -245,8 +254,8 @@ def clip_cov_eligible(config: LossConfig, tokens: Tokens, step: Denominators) ->
     """Return which tokens clip_cov draws among: covariance within its bounds, and not clipped by ppo_clip."""
     low, high = ratio_bounds(config)
     ratio = jnp.exp(fixed(tokens.log_ratio))
-    rose = (tokens.advantages > 0) & (ratio > (jnp.inf if high is None else high))
-    fell = (tokens.advantages < 0) & (ratio < (-jnp.inf if low is None else low))
+    rose = (tokens.advantages > 0) & above(ratio, high)
+    fell = (tokens.advantages < 0) & below(ratio, low)
     cov = covariance(tokens, step)
     return tokens.mask & ~rose & ~fell & (cov > config.clip_cov_low) & (cov < config.clip_cov_high)
 
@@ -264,6 +273,10 @@ def chosen(config: LossConfig, tokens: Tokens, step: Denominators, who: Identity
             tied &= (who.row < row) | ((who.row == row) & (who.position <= position))
         return tokens.mask & ((cov > step.kl_cov_threshold) | tied)
     return None
+
+
+def _rounded(entropy: Array) -> Array:
+    return jnp.round(entropy / ENTROPY_GRID) * ENTROPY_GRID
 
 
 def _trained(mask: Array, segments: Array | None) -> Array:

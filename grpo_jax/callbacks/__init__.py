@@ -1,6 +1,7 @@
 """What looks on while a run goes: the protocol, and what a callback is told. The first process alone calls them.
 
-A callback changes nothing of the training; it may only end it. What the run itself writes (metrics.jsonl,
+A callback changes nothing of the training; it may only end it, by returning True or by `Run.stop`. One that raises once
+the run has started is warned of, and the run goes on. What the run itself writes (metrics.jsonl,
 completions.jsonl) is written before any callback is called.
 """
 
@@ -12,6 +13,19 @@ from typing import Any
 from grpo_jax.config import TrainConfig
 from grpo_jax.scoring import Scored
 from grpo_jax.types import Prompt, Rollout
+
+
+@dataclass
+class Course:
+    """How far a run is.
+
+    Attributes:
+        step: that is being made, or was last; 0 before the first.
+        stop: whether `Run.stop` was called.
+    """
+
+    step: int = 0
+    stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,9 @@ class Run:
         start: the step it goes on from; 0 for a new run.
         facts: lines worth telling: device, memory, shapes, prompts left out.
         history: rows of metrics.jsonl up to ``start``, those of evaluations among them; empty for a new run.
+        states: what `Callback.state` gave at ``start``, by the name of the class.
+        most_new_tokens: completions may have by the model's positions; None where that is not known.
+        course: how far it is, which moves on.
     """
 
     config: TrainConfig
@@ -35,6 +52,17 @@ class Run:
     start: int = 0
     facts: tuple[str, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
+    states: Mapping[str, Any] = field(default_factory=dict)
+    most_new_tokens: int | None = None
+    course: Course = field(default_factory=Course, compare=False)
+
+    def __post_init__(self) -> None:
+        """The course begins where the run does."""
+        self.course.step = self.course.step or self.start
+
+    def stop(self) -> None:
+        """End the run after the step at hand, as if it had been the last; from any thread."""
+        self.course.stop = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ class Evaluation:
 
 
 class Callback:
-    """Looks on; every method may be left out."""
+    """Looks on; every method may be left out. What is returned but True, and what is raised, ends nothing."""
 
     def on_start(self, run: Run) -> bool | None:
         """Before the first evaluation; True where the run had already ended by what it recorded."""
@@ -85,8 +113,11 @@ class Callback:
     def on_warning(self, text: str) -> None:
         """The run has something to warn of, such as a reward function that failed."""
 
+    def state(self) -> Any:
+        """What it must know to go on from here, JSON values only; a checkpoint keeps it. None: nothing."""
+
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """After the export, with what summary.json holds."""
 
     def close(self) -> None:
-        """Always called last, after an error or an interruption too."""
+        """Always called last, after an error or an interruption too, in the reverse order."""

@@ -1,6 +1,7 @@
 """Early stopping: the run ends when its evaluations no longer improve, or are good enough."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ class EarlyStopping(Callback):
 
     def _judge(self, row: Mapping[str, Any]) -> bool:
         config, value = self._config, row[self._config.metric]
+        value = None if value is None or math.isnan(value) else value  # nothing was scored
         if value is not None and (self._best is None or value > self._best + config.min_delta):
             self._best, self._without = float(value), 0
         else:

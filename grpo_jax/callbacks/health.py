@@ -15,6 +15,8 @@ import numpy as np
 from grpo_jax.callbacks import Callback, Run, Step
 from grpo_jax.config import TrainConfig
 from grpo_jax.config.refusals import ALONE
+from grpo_jax.metrics import read_json_lines
+from grpo_jax.rundir import WARNINGS
 
 ALIKE = 0.95
 """Share of groups without spread from which a run is told of it: of twenty prompts not more than one then teaches
@@ -175,10 +177,17 @@ def cut(window: Window) -> str | None:
     enough = math.log(1 / (1 - ENDING)) * lengths.sum() / stopped.sum()
     room = window.config.rollout.max_new_tokens
     advice = max(64 * math.ceil(enough / 64), room + 64)
+    most, ending = window.run.most_new_tokens, ENDING
+    if most is not None and advice > most:
+        advice, ending = most, 1 - math.exp(-most * stopped.sum() / lengths.sum())
+    more = (
+        f"At the rate at which the others end, {advice} tokens would let {ending:.0%} end; or set"
+        if advice > room
+        else "The model has no positions for more; shorten the prompts (data.max_prompt_len), or set"
+    )
     return (
         f"{share:.0%} of the completions of {window.over} were cut at rollout.max_new_tokens = {room}, so that most "
-        f"are judged without their end. At the rate at which the others end, {advice} tokens would let "
-        f"{ENDING:.0%} end; or set algorithm.soft_overlong or algorithm.overlong_filter."
+        f"are judged without their end. {more} algorithm.soft_overlong or algorithm.overlong_filter."
     )
 
 
@@ -275,8 +284,16 @@ class Health(Callback):
     def on_start(self, run: Run) -> None:
         """Take up what an earlier part of the run has shown."""
         self._run = run
+        self._warned |= set(run.states.get(type(self).__name__, ()))
         for row in run.history:
             self._remember(row)
+        if run.start and (run.directory / WARNINGS).exists():
+            said = [row for row in read_json_lines(run.directory / WARNINGS) if row["step"] <= run.start]
+            self._warned |= {name for name in CHECKS if any(_is_of(row, name) for row in said)}
+
+    def state(self) -> list[str]:
+        """Checks that have warned, and will not again."""
+        return sorted(self._warned)
 
     def on_step(self, step: Step) -> None:
         """Make every check that has enough steps and was silent so far."""
@@ -290,12 +307,21 @@ class Health(Callback):
             text = check.function(window)
             if text is not None:
                 self._warned.add(name)
-                self._warn(f"health: {text}")
+                self._warn(f"{_head(name)}{text}")
 
     def _remember(self, row: Mapping[str, Any]) -> None:
         if row.get("entropy") is not None and len(self._entropies) < FIRST:
             self._entropies.append(float(row["entropy"]))
         self._varied |= {name for name in self._run.reward_names if (row.get(f"rewards/{name}/std") or 0.0) > 0}
+
+
+def _head(check: str) -> str:
+    """What the line of a check begins with, by which a resumed run knows that it was said."""
+    return f"health ({check}): "
+
+
+def _is_of(row: Mapping[str, Any], check: str) -> bool:
+    return str(row.get("text", "")).startswith(_head(check))
 
 
 def _facts(step: Step, tokenizer: Any, correct_above: float) -> Facts:

@@ -87,7 +87,7 @@ class Screen:
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Take an evaluation's figures."""
-        if "eval/accuracy" in evaluation.metrics:
+        if math.isfinite(_number(evaluation.metrics.get("eval/accuracy"))):
             self._accuracy.append(evaluation.metrics["eval/accuracy"])
 
     def __rich__(self) -> RenderableType:

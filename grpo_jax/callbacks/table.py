@@ -8,7 +8,6 @@ from grpo_jax.callbacks.curves import Curves
 from grpo_jax.callbacks.early_stopping import EarlyStopping
 from grpo_jax.callbacks.environment import Environment
 from grpo_jax.callbacks.health import Health
-from grpo_jax.callbacks.lock import Lock
 from grpo_jax.callbacks.report import Report
 from grpo_jax.callbacks.tensorboard import TensorBoard
 from grpo_jax.callbacks.terminal import Terminal
@@ -20,11 +19,10 @@ def build(config: TrainConfig, directory: Path, warn: Callable[[str], None]) -> 
     """Those a config asks for, in the order in which they are called; ``warn`` tells all of them.
 
     Raises:
-        ValueError: one needs a package that is not installed, or another process has the directory.
+        ValueError: one needs a package that is not installed.
     """
     log = config.log
     rows: list[tuple[bool, Callable[[], Callback]]] = [
-        (True, lambda: Lock(directory)),  # first: what is refused has opened nothing
         (True, lambda: Environment(warn)),
         (True, lambda: Health(config, warn)),
         (True, lambda: EarlyStopping(config.eval.stop)),
@@ -34,4 +32,13 @@ def build(config: TrainConfig, directory: Path, warn: Callable[[str], None]) -> 
         (log.wandb is not None, lambda: WandB(str(log.wandb), directory)),
         (True, lambda: Terminal(config)),  # last, so that its last line comes when all is written
     ]
-    return [make() for wanted, make in rows if wanted]
+    made: list[Callback] = []
+    try:
+        for wanted, make in rows:
+            if wanted:
+                made.append(make())
+    except BaseException:
+        for callback in reversed(made):
+            callback.close()
+        raise
+    return made

@@ -1,5 +1,6 @@
 """What a run prints: a live display on a terminal, plain lines elsewhere, with log.quiet the result alone."""
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +68,8 @@ class Terminal(Callback):
         """The result, in quiet runs too."""
         self.close()
         first, last, best = (summary[f"accuracy_{which}"] for which in ("first", "last", "best"))
-        gain = "" if first is None else f"held-out accuracy {first:.1%} -> {last:.1%}, best {best:.1%}; "
+        gain = "" if best is None else f"held-out accuracy {_share(first)} -> {_share(last)}, best {best:.1%}; "
+        gain += _unscored(summary.get("unscored", {}))
         seconds = f"{summary['steps']} steps in {duration(summary['seconds'])}"
         self._print(f"{gain}{seconds}; everything is in {self._directory}")
 
@@ -92,7 +94,19 @@ def evaluation_line(evaluation: Evaluation, k: int) -> str:
     for name, value in evaluation.metrics.items():
         head, _, figure = name.rpartition("/")
         if figure in titles and head.startswith("eval"):
-            sets.setdefault(head.removeprefix("eval").removeprefix("/"), []).append(f"{titles[figure]} {value:.1%}")
+            sets.setdefault(head.removeprefix("eval").removeprefix("/"), []).append(f"{titles[figure]} {_share(value)}")
     named = {name: figures for name, figures in sets.items() if name} or sets
     shown = "; ".join(f"{name} {', '.join(figures)}".strip() for name, figures in named.items())
-    return f"held-out after step {evaluation.step}: {shown}"
+    unscored = evaluation.metrics.get("eval/unscored")
+    return f"held-out after step {evaluation.step}: {shown}" + (f"; {unscored} not scored" if unscored else "")
+
+
+def _share(value: float | None) -> str:
+    return "none scored" if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+def _unscored(counts: Mapping[str, Any]) -> str:
+    """How many completions of a run got no reward: by function in training, and in the last evaluation."""
+    said = [f"{count} by {name!r}" for name, count in counts.get("training", {}).items() if count]
+    said += [f"{counts['held_out']} of the last evaluation"] if counts.get("held_out") else []
+    return f"not scored: {', '.join(said)}; " if said else ""

@@ -15,14 +15,13 @@ from pydantic import (
     FiniteFloat,
     NonNegativeFloat,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
 from grpo_jax.algo.spec import LossConfig
 from grpo_jax.config.fields import WHOLE, explain
-from grpo_jax.config.learning import AlgorithmConfig, CriticConfig, OptimConfig, Section
+from grpo_jax.config.learning import AlgorithmConfig, Count, CriticConfig, Natural, OptimConfig, Section, Whole
 from grpo_jax.config.refusals import refusals
 from grpo_jax.functions import load_function
 
@@ -32,7 +31,7 @@ Dtype = Literal["float32", "bfloat16"]
 class LoraConfig(Section):
     """Low-rank adapters, which alone are trained: W + alpha / rank * B A on some linear maps of each layer."""
 
-    rank: PositiveInt | None = None
+    rank: Count | None = None
     """Inner width of an adapter; none trains all parameters."""
     alpha: PositiveFloat = 32.0
     """Their product is scaled by alpha / rank."""
@@ -58,7 +57,8 @@ class ModelConfig(Section):
     dtype: Dtype = "float32"
     """Type of the computation."""
     param_dtype: Dtype = "float32"
-    """Type of the parameters that the optimizer updates."""
+    """Type of the parameters that the optimizer updates, and of its moments; bfloat16 is rounded at random, so that
+    small updates add up."""
     matmul_precision: Literal["default", "high", "highest"] | None = None
     """Precision of every matrix product; none: highest for float32, default for bfloat16."""
     remat: Literal["full", "attention"] | None = None
@@ -92,7 +92,7 @@ class DataConfig(Section):
     """File with a Jinja chat template; none: the tokenizer's own."""
     chat_template_kwargs: dict[str, bool | int | float | str] = {}
     """Arguments of the chat template, such as enable_thinking."""
-    max_prompt_len: PositiveInt = 512
+    max_prompt_len: Count = 512
     """Longest prompt in tokens, as the model gets it; longer ones are never cut."""
     long_prompts: Literal["filter", "error"] = "filter"
     """What becomes of longer prompts: filter leaves them out and says how many, error ends the run before it begins."""
@@ -103,15 +103,15 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    prompts_per_step: PositiveInt = 32
+    prompts_per_step: Count = 32
     """Prompts of one step (Q)."""
-    num_samples: PositiveInt = 8
+    num_samples: Count = 8
     """Completions of each prompt (G); group-relative advantages need at least 2."""
-    max_new_tokens: PositiveInt = 256
+    max_new_tokens: Count = 256
     """Longest completion in tokens, its stop token included."""
     temperature: float = Field(default=1.0, ge=0.01, allow_inf_nan=False)
     """Divides the logits, in the sampler and in the learner alike; near 0 only rounding would be left."""
-    top_k: PositiveInt | None = None
+    top_k: Count | None = None
     """Sample among the k most likely tokens only."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Sample among the fewest tokens that hold this probability together."""
@@ -121,17 +121,17 @@ class RolloutConfig(Section):
     """Divides the positive and multiplies the negative logits of tokens in the text so far; 1 is none."""
     presence_penalty: FiniteFloat = 0.0
     """Taken from the logits of tokens in the completion so far; 0 is none."""
-    min_tokens: int = Field(default=0, ge=0)
+    min_tokens: Natural = 0
     """No stop token or stop string ends a completion before it has so many tokens."""
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: tuple[Whole, ...] | None = None
     """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
     stop_strings: tuple[str, ...] = Field(default=(), json_schema_extra=WHOLE)
     """Texts that end a completion, with the token that completes them."""
-    banned_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[Whole, ...] = ()
     """Tokens that are never sampled."""
-    slots: PositiveInt | None = None
+    slots: Count | None = None
     """Completions that decode at once, others wait in a queue; none: a step's all, or those that fit in memory."""
-    kv_memory_mb: PositiveInt | None = None
+    kv_memory_mb: Count | None = None
     """MiB for keys and values on all devices; bounds the slots. none: what a GPU or TPU has left, no bound on CPUs."""
     layout: str = "train"
     """How the devices share sampling. train: as training, weights whole over fsdp. replicated: each has all weights and
@@ -151,7 +151,8 @@ class RewardConfig(Section):
     """What a completion is paid for."""
 
     functions: tuple[str, ...] = ("quickstart",)
-    """Built-in names, "module:function" or "path/file.py:function"; each runs in a process of its own."""
+    """Built-in names, "module:function" or "path/file.py:function"; each runs in processes of its own. A run with its
+    own model and data must name some."""
     options: dict[str, dict[str, Any]] = {}
     """Parameters of a function, by its name and theirs, such as regex.pattern; a function named twice is regex_2."""
     weights: tuple[FiniteFloat, ...] | None = None
@@ -159,9 +160,15 @@ class RewardConfig(Section):
     stream: tuple[str, ...] = ()
     """Functions, by name, to call on each group as soon as it is sampled, not once on all; built-ins always are."""
     timeout_seconds: PositiveFloat = 30.0
-    """Longest time one batch (or group, see stream) may take in a function before its process is killed."""
-    memory_limit_mb: PositiveInt | None = 2048
-    """Address space of a reward's process in MiB; none is no limit."""
+    """Longest time that 16 completions may take in a function before its process is killed; a call on more has it for
+    every 16."""
+    memory_limit_mb: Count | None = 2048
+    """Memory of a function's process and all it starts, in MiB; none is no limit."""
+    workers: Count = 1
+    """Processes a function. With several, each that is given by name is called on at most 16 completions at a time."""
+    environment: tuple[str, ...] = ()
+    """Environment variables that a function's process gets although they look like tokens, keys or passwords, such as
+    OPENAI_API_KEY for a judge."""
 
 
 class BatchConfig(Section):
@@ -169,7 +176,7 @@ class BatchConfig(Section):
 
     rows: Literal["padded", "packed", "group"] = "group"
     """group: a prompt once, then its samples. padded: one completion a row. packed: several, one behind the other."""
-    row_len: PositiveInt | None = None
+    row_len: Count | None = None
     """Most tokens in a group or packed row; none: the longest prompt and four completions, or twice the longest of both
     together."""
 
@@ -179,7 +186,7 @@ class StopConfig(Section):
 
     metric: str = "eval/accuracy"
     """Figure of an evaluation, as metrics.jsonl names it."""
-    patience: PositiveInt | None = None
+    patience: Count | None = None
     """End after so many evaluations in a row that were no better than the best before; none: never."""
     min_delta: NonNegativeFloat = 0.0
     """Gain over the best so far that counts as better."""
@@ -190,11 +197,11 @@ class StopConfig(Section):
 class EvalConfig(Section):
     """Evaluation on held-out prompts."""
 
-    every: PositiveInt | None = 10
+    every: Count | None = 10
     """Steps between evaluations; the first comes before step 0, the last after the final step. none: those two only."""
-    prompts: PositiveInt | None = None
+    prompts: Count | None = None
     """Evaluate on the first so many prompts; none on all."""
-    samples: int = Field(default=0, ge=0)
+    samples: Natural = 0
     """Samples a prompt for avg@k and pass@k, drawn at rollout.temperature; 0 switches both off."""
     correct_above: float = 0.5
     """A completion is correct when the first reward function gives more than this."""
@@ -204,9 +211,9 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """What a run can be resumed from."""
 
-    every: PositiveInt | None = 20
+    every: Count | None = 20
     """Steps between checkpoints; one is always written at the end. none: that one only."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """Checkpoints kept."""
 
 
@@ -216,28 +223,28 @@ class MeshConfig(Section):
     platform: Literal["cpu", "gpu", "tpu"] | None = None
     """Kind of device the run must have, lest one meant for a GPU crawls on the CPU; none: what jax finds."""
 
-    data: int = -1
+    data: Whole = -1
     """Devices over which rows are split and parameters repeated."""
-    fsdp: int = 1
+    fsdp: Whole = 1
     """Devices over which rows and parameters are split."""
-    tensor: int = 1
+    tensor: Whole = 1
     """Devices over which heads, hidden units and the vocabulary are split."""
-    expert: int = 1
+    expert: Whole = 1
     """Devices over which a mixture's experts are split."""
     distributed: bool = False
     """Join the processes of several hosts first; start the same command on each. Needs output_dir, on a shared disk."""
     coordinator: str | None = None
     """host:port of the first process; none: found from Slurm, Open MPI, GKE or Cloud TPU."""
-    process_count: PositiveInt | None = None
+    process_count: Count | None = None
     """How many processes join; none: found likewise."""
-    process_id: int | None = Field(default=None, ge=0)
+    process_id: Natural | None = None
     """Which of them this one is; none: found likewise."""
 
 
 class LogConfig(Section):
     """What is written while the run goes on."""
 
-    completions: int = Field(default=32, ge=0)
+    completions: Natural = 32
     """Completions of each step written to completions.jsonl, rounded up to whole groups."""
     quiet: bool = False
     """Print only warnings and the result."""
@@ -254,7 +261,7 @@ class TrainConfig(Section):
 
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the data order, the sampling and everything else that is drawn."""
-    steps: PositiveInt = 200
+    steps: Count = 200
     """Rollouts to train on."""
     output_dir: str | None = None
     """Directory of the run; one that holds this config's checkpoint is resumed. none: runs/<config>-<time>."""
@@ -354,7 +361,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"no config file at {file}. Give the path of a TOML file; configs/ holds some to start from.")
     try:
         return _string_to_none(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number too long for Python, or tables too deep, among them
         raise ValueError(f"{file} is not TOML: {error}. Configs are TOML: `key = value` under [tables].") from error
 
 

@@ -2,11 +2,13 @@
 
     train.py [CONFIG.toml] [--dotted.field value ...]
 
-A value is written as in TOML, without its quotes; a list is several words or one with commas; "none" is no value; a
-field that is true or false may stand alone for true. The checks of a value are pydantic's, with the file's tables
-below, so that a file and a command fail alike; here only the fields' names and the number of words are looked at.
+A value is written as in TOML, without its quotes; a list is several words, one with commas, or TOML's own; what is no
+TOML is the text itself, whatever it begins with; "none" is no value; a field that is true or false may stand alone for
+true. The checks of a value are pydantic's, with the file's tables below, so that a file and a command fail alike; here
+only the fields' names and the number of words are looked at.
 """
 
+import datetime
 import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -153,11 +155,15 @@ def _until_option(rest: list[str]) -> Iterator[str]:
 
 
 def _value(place: Place, words: list[str]) -> Any:
-    word = words[0]
-    if words == ["none"]:
+    word, text = words[0], place.kinds == (str,)
+    if words == ["none"] and (place.optional or not (text or place.whole)):
         return None
-    if len(words) == 1 and place.kinds != (str,) and (place.free or word[:1] in ("[", "{")):
-        return _toml(word)
+    if len(words) == 1 and not text:
+        value = _toml(word)
+        if place.free or (isinstance(value, list) and place.several and _is_list_for(place, value)):
+            return value
+        if isinstance(value, dict) and not place.several:
+            return value
     if place.several and (len(words) > 1 or place.whole):
         return words
     if place.several:
@@ -165,12 +171,23 @@ def _value(place: Place, words: list[str]) -> Any:
     return word
 
 
+def _is_list_for(place: Place, value: list[Any]) -> bool:
+    """Whether a list is meant: for a list of any text "[1]" is a text, and only ["[1]"] a list."""
+    return not place.whole or all(isinstance(item, str) for item in value)
+
+
 def _toml(word: str) -> Any:
-    """A value as TOML has it (a number, true, a list), else the text itself."""
+    """A value as TOML has it (a number, true, a list), else the text itself.
+
+    A text too where another spelling of the number would be lost (0x2A, 1_000), or JSON has no such value (a date).
+    """
     try:
-        return tomllib.loads(f"value = {word}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {word}")
+    except (ValueError, RecursionError):
         return word
+    kept = value.get("value")
+    odd = isinstance(kept, datetime.date | datetime.time) or (type(kept) is int and str(kept) != word)
+    return word if odd or len(value) > 1 else kept
 
 
 def _put(tables: dict[str, Any], keys: Sequence[str], value: Any) -> None:

@@ -4,9 +4,11 @@ Made from pydantic's models alone, so that a new field has its command line, its
 """
 
 import difflib
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import log10
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -291,7 +293,7 @@ def _member(annotation: Any, label: str) -> Any:
 
 def _line(model: type[BaseModel], path: str, items: Sequence[Mapping[str, Any]]) -> str:
     kind, context = items[0]["type"], items[0].get("ctx", {})
-    got = f"got {_shown(items[0]['input'])}"
+    got = f"got {shown(items[0]['input'])}"
     if kind == "extra_forbidden":
         return unknown(model, path)
     if kind == "value_error":
@@ -314,7 +316,7 @@ def _kind_needed(item: Mapping[str, Any]) -> str:
 def _choice(model: type[BaseModel], path: str, value: Any) -> str:
     kinds = [kind for each in find(model, path.partition("[")[0]).kinds for kind in _members(each)]
     legal = [str(name) for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
-    near = difflib.get_close_matches(str(value), legal, 1, 0.6)
+    near = difflib.get_close_matches(shown(value).strip("'"), legal, 1, 0.6)
     return (f"did you mean {near[0]}? It takes " if near else "use one of ") + ", ".join(legal)
 
 
@@ -329,6 +331,22 @@ def _doc(model: type[BaseModel], path: str) -> str:
     return f" ({' '.join((doc or '').split()).partition('. ')[0].rstrip('.')})" if doc else ""
 
 
-def _shown(value: Any) -> str:
-    """As it would be written in the file or on the command line."""
-    return {"None": "none", "True": "true", "False": "false"}.get(repr(value), repr(value))
+def shown(value: Any) -> str:
+    """As it would be written in the file or on the command line; what is long or deep only in part."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    """Of values that nobody bounds: of what is nested, long or a number of many digits, no more than a line shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 160, 160
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 16
+
+    def repr_int(self, x: int, level: int) -> str:
+        """A number itself, or how long it is."""
+        return repr(x) if abs(x) < 10**40 else f"a number of {round(x.bit_length() * log10(2))} digits"
+
+
+_SHORT = _Short()

@@ -1,7 +1,7 @@
 """What is learned and how, as tables of the configuration: the algorithm, the optimizers, the critic."""
 
 import dataclasses
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -9,34 +9,42 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
-    PositiveInt,
     create_model,
     field_validator,
     model_validator,
 )
 
 from grpo_jax.algo.spec import PRESETS, Advantage, Estimator, LossConfig, Preset, Surrogate, Weight
+from grpo_jax.config.fields import shown
 
 Schedule = Literal["constant", "linear", "cosine"]
 
+LARGEST = 2**31 - 1
+"""Of a whole number: what an array's axis can have, and a count of steps on a device."""
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Whole = Annotated[int, Field(le=LARGEST)]
+
 
 class Section(BaseModel):
-    """A frozen table of the configuration that refuses fields it does not know."""
+    """A frozen table of the configuration that refuses fields it does not know, and numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _name_or_function(value: Any, names: tuple[str, ...]) -> Any:
-    if value in names or (isinstance(value, str) and ":" in value):
+    if isinstance(value, str) and (value in names or ":" in value):
         return value
     raise ValueError(
-        f"got {value!r}, which is none of its values. It takes {', '.join(names)}, or a function of your own as "
+        f"got {shown(value)}, which is none of its values. It takes {', '.join(names)}, or a function of your own as "
         "module:function or path/file.py:function."
     )
 
 
 class LossTable(Section):
-    """What the fields of LossConfig cannot check of themselves."""
+    """What the fields of LossConfig cannot check of themselves; in its bounds infinity is none."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     @field_validator("surrogate", check_fields=False)
     @classmethod
@@ -80,7 +88,7 @@ class AdaptiveEntropyConfig(Section):
 class ReferenceFollowConfig(Section):
     """A reference model that follows the policy (2404.09656)."""
 
-    every: PositiveInt | None = None
+    every: Count | None = None
     """Optimizer updates between two moves; none: the reference stays what the run started from (TRL: 512)."""
     alpha: float = Field(default=0.6, gt=0, le=1)
     """Weight of the policy in a move; the old reference keeps the rest."""
@@ -101,7 +109,7 @@ class AlgorithmConfig(Section):
     """Added to a group's standard deviation, in units of reward."""
     weight: Weight = "samples"
     """What has one weight where reinforce_pp whitens: samples, or tokens (verl, NeMo), by completion length."""
-    pass_k: PositiveInt | None = None
+    pass_k: Count | None = None
     """The k of pass_at_k, at most rollout.num_samples (2508.10751)."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount per token of gae (1506.02438)."""
@@ -117,11 +125,11 @@ class AlgorithmConfig(Section):
     """Leave completions that were cut at the limit out of the loss."""
     soft_overlong: bool = False
     """Add DAPO's penalty, 0 to -1, to the reward of completions near rollout.max_new_tokens."""
-    overlong_buffer_len: PositiveInt | None = None
+    overlong_buffer_len: Count | None = None
     """Length of the soft overlong ramp in tokens; none: a fifth of rollout.max_new_tokens."""
     dynamic_sampling: bool = False
     """Drop groups whose rewards do not differ and sample on until the batch is full (DAPO)."""
-    max_rounds: PositiveInt = 4
+    max_rounds: Count = 4
     """Rounds of sampling a step may take under dynamic_sampling; then it trains on what there is."""
     spread_of: str | None = None
     """Reward function whose answers must differ under dynamic_sampling; none: the weighted sum of all."""
@@ -138,7 +146,8 @@ class AlgorithmConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        recipe = PRESETS.get(values.get("preset", "grpo")) if isinstance(values, dict) else None
+        preset = values.get("preset", "grpo") if isinstance(values, dict) else None
+        recipe = PRESETS.get(preset) if isinstance(preset, str) else None  # type: ignore[call-overload]
         if recipe is None:
             return values  # the field's own check names the legal presets
         own = {name: getattr(recipe, name) for name in cls.model_fields if hasattr(recipe, name) and name != "loss"}
@@ -166,7 +175,7 @@ class AdamWConfig(Section):
     """Peak learning rate."""
     schedule: Schedule = "constant"
     """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last update."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Natural = 0
     """Updates over which the learning rate rises linearly from 0."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
@@ -183,11 +192,11 @@ class AdamWConfig(Section):
 class OptimConfig(AdamWConfig):
     """The policy's optimizer, and how a rollout is cut into updates."""
 
-    epochs: PositiveInt = 1
+    epochs: Count = 1
     """Passes over each rollout (mu)."""
-    minibatches: PositiveInt = 1
+    minibatches: Count = 1
     """Optimizer updates in each pass; each takes an equal share of the prompts."""
-    microbatch_rows: PositiveInt | None = None
+    microbatch_rows: Count | None = None
     """Completions whose activations are alive at once, none: all; in rows that hold several, the rows of so many at
     full length. Changes memory, never the gradient."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isqrt
 from typing import TYPE_CHECKING
 
 from grpo_jax.config.learning import AlgorithmConfig, CriticConfig
@@ -237,6 +238,7 @@ def _moving(config: TrainConfig) -> list[Refusal]:
     algorithm, loss = config.algorithm, config.loss
     without = "and algorithm.loss.kl_coef is 0, so that there is no reference model. Give kl_coef a value"
     entropy = algorithm.adaptive_entropy
+    completions = config.rollout.prompts_per_step * config.rollout.num_samples
     return [
         (
             "algorithm.loss.kl_in_reward",
@@ -253,6 +255,12 @@ def _moving(config: TrainConfig) -> list[Refusal]:
             "algorithm.adaptive_kl.target",
             algorithm.adaptive_kl.target is not None and loss.kl_coef == 0,
             f"is the KL that kl_coef is steered by, {without} to start from.",
+        ),
+        (
+            "algorithm.adaptive_kl.horizon",
+            algorithm.adaptive_kl.target is not None and algorithm.adaptive_kl.horizon <= completions / 5,
+            f"got {algorithm.adaptive_kl.horizon:g} with {completions} completions a step, so that one step could take "
+            f"more than all of the coefficient away. Choose more than {completions / 5:g}.",
         ),
         (
             "algorithm.adaptive_entropy",
@@ -313,7 +321,8 @@ def _changed(config: TrainConfig, table: str, name: str) -> bool:
 
 def _nearest_that_divide(parts: int, whole: int) -> str:
     """The divisors nearest to ``parts``, or the nearest wholes that it divides."""
-    divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+    below_root = [n for n in range(1, isqrt(whole) + 1) if whole % n == 0]
+    divisors = sorted({*below_root, *(whole // n for n in below_root)})
     near = [max((n for n in divisors if n < parts), default=1), *[n for n in divisors if n > parts][:1]]
     wholes = [n for n in (whole // parts * parts, (whole // parts + 1) * parts) if n]
     return f"{' or '.join(map(str, near))}, or {' or '.join(map(str, wholes))} prompts"

@@ -1,5 +1,7 @@
 """Prompts as token ids, and the order in which a run draws them. Host only."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -72,6 +74,14 @@ class PromptSet:
         """Number of prompts short enough."""
         return len(self.prompts)
 
+    def digest(self) -> str:
+        """SHA-256 of what its prompts and their columns say, in their order; not of their tokens."""
+        whole = hashlib.sha256()
+        for prompt in self.prompts:
+            row = [prompt.request_id, prompt.text, prompt.columns]
+            whole.update(json.dumps(row, sort_keys=True, default=_said).encode("utf-8", "surrogatepass") + b"\n")
+        return whole.hexdigest()
+
 
 class PromptStream:
     """Prompts for training, epoch after epoch, each epoch every row once in an order of its own.
@@ -120,6 +130,7 @@ class PromptStream:
         self._row_count = int(starts[-1])
         self._parts = [_Part(part, int(starts[n]), seed, n, shuffle) for n, part in enumerate(sets)]
         self._kept = {start + p.request_id: p for start, part in zip(starts, sets, strict=False) for p in part.prompts}
+        self._sets = tuple(sets)
         self._choices = _Choices(seed, weights)
         self._count = prompts_per_step
         self._cursor = 0
@@ -135,6 +146,11 @@ class PromptStream:
     def __len__(self) -> int:
         """Prompts that can be drawn; with one dataset, those of an epoch."""
         return len(self._kept)
+
+    def digest(self) -> str:
+        """SHA-256 of what the prompts of all datasets say."""
+        each = [part.digest() for part in self._sets]
+        return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
     def next(self, count: int | None = None) -> list[Prompt]:
         """The next ``count`` prompts; None is ``prompts_per_step``."""
@@ -287,6 +303,17 @@ def _load(config: TrainConfig, tokenizer: Any, kind: Kind, name: str, source: An
         if str(error).startswith("data."):
             raise
         raise ValueError(f"{name}: {error}") from error
+
+
+def _said(value: Any) -> Any:
+    """A value that JSON has none for, such as a number of numpy's or a date, as the same text in every process."""
+    return (
+        value.tolist()
+        if hasattr(value, "tolist")
+        else str(value)
+        if hasattr(value, "isoformat")
+        else type(value).__name__
+    )
 
 
 def _is_mixture(source: Any) -> bool:

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import algo
-from grpo_jax.learner.optimizer import Gradient, Sums, accumulate, apply, constrain, join, split
+from grpo_jax.learner.optimizer import CRITIC, Gradient, Sums, accumulate, apply, constrain, join, split
 from grpo_jax.models.model import Model
 from grpo_jax.types import Params, TrainBatch, TrainState
 
@@ -37,6 +37,7 @@ class Critic:
         value_coef: factor on the value loss's gradient into a shared trunk.
         value_clip: half-width of the band around the old values; None: off.
         microbatch_rows: as the learner's.
+        seed: of the run, as the learner's.
     """
 
     model: Model
@@ -46,6 +47,7 @@ class Critic:
     value_coef: float = 0.1
     value_clip: float | None = 0.2
     microbatch_rows: int | None = None
+    seed: int = 0
 
     @property
     def shardings(self) -> Params:
@@ -108,7 +110,7 @@ class Critic:
             "critic/learning_rate": (jnp.asarray(self.schedule(state.step), jnp.float32), one),
             "critic/skipped_update_count": (1.0 - fine, jnp.zeros((), jnp.float32)),
         }
-        return apply(self.optimizer, state, grads, fine, self.shardings), sums
+        return apply(self.optimizer, state, grads, fine, self.shardings, (self.seed, CRITIC)), sums
 
     def count(self, batch: TrainBatch) -> jax.Array:
         """Tokens whose value is learned: the trained ones of completions that were scored."""

@@ -36,14 +36,16 @@ class Controllers:
         return {name: float(value) for name, value in moving.items() if value is not None}
 
     def advance(self, figures: Mapping[str, float], completions: int) -> None:
-        """Move on after a step, by its mean ``kl_per_sequence`` and ``entropy``.
+        """Move on after a step, by its mean ``kl_per_sequence`` and ``entropy``; stay where that is not finite.
+
+        An update whose numbers are not finite is skipped, and what it says of the policy steers nothing either.
 
         Args:
             figures: of the step.
             completions: sampled for it.
         """
         kl, entropy = self._kl, self._entropy
-        if kl.target is not None:
+        if kl.target is not None and np.isfinite(figures["kl_per_sequence"]):
             coef = algo.adaptive_kl(
                 self.kl_coef,
                 figures["kl_per_sequence"],
@@ -51,8 +53,8 @@ class Controllers:
                 horizon=kl.horizon,
                 completions=completions,
             )
-            self.kl_coef = float(coef)
-        if entropy.target is not None:
+            self.kl_coef = min(float(coef), float(np.finfo(np.float32).max))
+        if entropy.target is not None and np.isfinite(figures["entropy"]):
             self._entropy_state = algo.adaptive_entropy(
                 self._entropy_state,
                 figures["entropy"],

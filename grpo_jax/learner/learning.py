@@ -93,6 +93,7 @@ def make_critic(config: TrainConfig, model: Model, layout: Layout) -> Critic | N
         value_coef=table.value_coef,
         value_clip=table.value_clip,
         microbatch_rows=_microbatch_rows(config, layout),
+        seed=config.seed,
     )
 
 
@@ -169,10 +170,18 @@ class Learning:
         return self.learner.params(self.state)
 
     def keep_reference(self, store: CheckpointStore) -> None:
-        """Write the reference, or the base under adapters, beside the checkpoints once; a resumed run reads it back."""
+        """Write the reference, or the base under adapters, beside the checkpoints: a run begins."""
         kept = self.reference if self.state.frozen is None else self.state.frozen
         if kept is not None:
             store.save_reference(kept)
+
+    def check_reference(self, store: CheckpointStore) -> tuple[str, ...]:
+        """Lines to warn of; none where what `keep_reference` wrote, if anything, is whole.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return store.check_reference() if self.reference is not None or self.state.frozen is not None else ()
 
     def restore(self, store: CheckpointStore, step: int) -> dict[str, Any]:
         """Go on from the checkpoint of a step; returns the rest of its record."""

@@ -14,6 +14,9 @@ from grpo_jax.config.learning import AdamWConfig
 from grpo_jax.mesh import RULES
 from grpo_jax.types import Params, TrainState
 
+POLICY, CRITIC = 0x706F6C69, 0x63726974
+"""Whose update it is, in the address of what its rounding draws."""
+
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, count): they add over microbatches, updates and hosts."""
 
@@ -101,15 +104,74 @@ def accumulate(
 
 
 def apply(
-    optimizer: optax.GradientTransformation, state: TrainState, grads: Params, fine: jax.Array, shardings: Any
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    fine: jax.Array,
+    shardings: Any,
+    address: tuple[int, int],
 ) -> TrainState:
-    """The state after an update, or as it was where ``fine`` is False; critic and reference are passed through."""
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = (optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-    old = (state.params, state.opt_state, state.step)
-    params, opt_state, step = jax.tree.map(partial(jnp.where, fine), new, old)
+    """The state after an update, or as it was where ``fine`` is False; critic and reference are passed through.
+
+    The update is computed in float32 whatever the state is kept in. What is kept in bfloat16 is rounded at random
+    (`round_at_random`): at the learning rates of reinforcement learning an update is less than half a step of it, and
+    rounding to the nearest would leave every parameter where it was.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        state: before.
+        grads: float32, like the parameters.
+        fine: scalar bool.
+        shardings: of the parameters.
+        address: the run's seed and whose update it is; with the update's number what the rounding draws from.
+    """
+    wide, moments = (jax.tree.map(_widen, tree) for tree in (state.params, state.opt_state))
+    updates, moments = optimizer.update(jax.tree.map(_widen, grads), moments, wide)
+    seed, whose = address
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), whose), state.step)
+    old = (state.params, state.opt_state)
+    new = round_at_random((optax.apply_updates(wide, updates), moments), old, key)
+    params, opt_state, step = jax.tree.map(partial(jnp.where, fine), (*new, state.step + 1), (*old, state.step))
     return constrain(optimizer, replace(state, params=params, opt_state=opt_state, step=step), shardings)
+
+
+def round_at_random(tree: Any, like: Any, key: jax.Array) -> Any:
+    """Each array in the dtype of ``like``: float32 becomes bfloat16 up or down, with chances that keep its mean.
+
+    A value that bfloat16 holds stays as it is. What is drawn for an element depends on the key, the array's place in
+    the tree and the element's in the array, on no mesh.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    words = jax.random.bits(key, (len(leaves), 2), jnp.uint32)
+    rounded = map(_rounded, leaves, jax.tree.leaves(like), words)
+    return jax.tree.unflatten(structure, list(rounded))
+
+
+def _rounded(x: jax.Array, like: jax.Array, word: jax.Array) -> jax.Array:
+    if x.dtype == like.dtype or like.dtype != jnp.bfloat16:
+        return x.astype(like.dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    drawn = _hashed(x.shape, word) >> 16
+    up_or_down = jax.lax.bitcast_convert_type((bits + drawn) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), up_or_down, x).astype(like.dtype)  # a carry would end infinity
+
+
+def _hashed(shape: tuple[int, ...], word: jax.Array) -> jax.Array:
+    """32 bits an element by its place: MurmurHash3's finaliser twice, a few products where threefry takes a hundred."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return _mixed(_mixed(place ^ word[0]) ^ word[1])
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
 
 
 def constrain(optimizer: optax.GradientTransformation, state: TrainState, shardings: Any) -> TrainState:

@@ -16,7 +16,7 @@ import optax
 from grpo_jax import algo
 from grpo_jax.algo.spec import LossConfig
 from grpo_jax.learner.critic import Critic
-from grpo_jax.learner.optimizer import Sums, accumulate, apply, constrain, join, split
+from grpo_jax.learner.optimizer import POLICY, Sums, accumulate, apply, constrain, join, split
 from grpo_jax.models import Model, Routed, balance_loss, router_metrics
 from grpo_jax.types import Params, TrainBatch, TrainState
 
@@ -65,7 +65,7 @@ class Learner:
         temperature: of the sampler, so that all log-probabilities are of one distribution.
         microbatch_rows: rows whose activations are alive at once; it divides their number. None: all of them.
         segmented: rows hold several sequences.
-        seed: with an update's number the address of what the loss draws (clip_cov).
+        seed: with an update's number the address of what the loss (clip_cov) and the rounding to bfloat16 draw.
         critic: one that shares the policy's trunk and is trained with it; None without.
         follow: alpha and every of a reference that follows the policy; None where it stays.
         router_coef: factor of the load-balance loss of a mixture of experts; 0 leaves it out.
@@ -149,7 +149,7 @@ class Learner:
             "learning_rate": (jnp.asarray(self.schedule(state.step), jnp.float32), one),
             "skipped_update_count": (1.0 - fine, jnp.zeros((), jnp.float32)),
         }
-        new = apply(self.optimizer, state, gradient.of["policy"], fine, self.shardings)
+        new = apply(self.optimizer, state, gradient.of["policy"], fine, self.shardings, (self.seed, POLICY))
         if self.critic is not None and state.critic is not None:
             head = {"head": gradient.of["head"]}
             critic, more = self.critic.step(state.critic, gradient, head, fine)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo_jax.models.fields import Config, config_error, read_flag, read_number, read_size
+from grpo_jax.models.fields import Config, config_error, read_flag, read_number, read_size, read_table
 from grpo_jax.models.keys import (
     ATTENTION,
     BOTH_NORMS,
@@ -115,6 +115,8 @@ def windows_by_type(config: Config, types: list[str]) -> Windows:
     """``layer_types`` where it is given, else ``types``; ``sliding_window`` is the window of the sliding layers."""
     given = config.get("layer_types")
     types = types if given is None else given
+    if not isinstance(types, list):
+        raise config_error("layer_types", types, "a list with the kind of each layer is needed", "check the config")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise config_error("layer_types", kind, "this kind of attention is not supported", "use full or sliding")
@@ -124,8 +126,9 @@ def windows_by_type(config: Config, types: list[str]) -> Windows:
 
 def qwen_windows(config: Config) -> Windows:
     """Without ``layer_types``: layers from ``max_window_layers`` on, if ``use_sliding_window``."""
-    count, first = read_size(config, "num_hidden_layers"), config.get("max_window_layers", 28)
+    count = read_size(config, "num_hidden_layers")
     used = read_flag(config, "use_sliding_window") and config.get("sliding_window") is not None
+    first = read_size({"max_window_layers": 28, **config}, "max_window_layers", least=0) if used else count
     windows = windows_by_type(config, [_kind(used and i >= first) for i in range(count)])
     if not used and any(windows):
         why = "layer_types asks for windows and use_sliding_window is not set"
@@ -143,8 +146,14 @@ def one_window(config: Config) -> Windows:
     return (window,) * read_size(config, "num_hidden_layers")
 
 
+def mistral_windows(config: Config) -> Windows:
+    """The same; with ``layer_types`` by layer, as transformers then takes it for another model, ministral."""
+    same = one_window(config)
+    return windows_by_type(config, [_kind(window is not None) for window in same])
+
+
 def qwen3_moe_windows(config: Config) -> Windows:
-    """The same, but only if ``use_sliding_window``."""
+    """One for all layers, but only if ``use_sliding_window``."""
     return one_window(config) if read_flag(config, "use_sliding_window") else full_attention(config)
 
 
@@ -165,11 +174,9 @@ def gemma3_rotaries(config: Config, head_dim: int, rules: RotaryRules) -> tuple[
     if not isinstance(given, Mapping) or not set(given) <= {"full_attention", "sliding_attention"}:
         why = "one rotary for full_attention and one for sliding_attention is needed"
         raise config_error("rope_parameters", given, why, "check the config")
-    full = {"rope_theta": config.get("rope_theta")} | dict(given.get("full_attention") or {})
-    full |= config.get("rope_scaling") or {}
-    sliding = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0} | dict(
-        given.get("sliding_attention") or {}
-    )
+    full = {"rope_theta": config.get("rope_theta")} | read_table(given, "full_attention")
+    full |= read_table(config, "rope_scaling")
+    sliding = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0} | read_table(given, "sliding_attention")
     both = [read_settings(config, rope, head_dim, rules, "rope_parameters") for rope in (full, sliding)]
     return tuple(both[window is not None] for window in gemma3_windows(config))
 
@@ -211,7 +218,9 @@ def qwen3_moe_mixtures(config: Config) -> tuple[MoESpec | None, ...]:
     count, step = read_size(config, "num_hidden_layers"), read_size(config, "decoder_sparse_step")
     top, ffn = (read_size(config, name) for name in ("num_experts_per_tok", "moe_intermediate_size"))
     moe = _checked(MoESpec(_experts(config, 128), top, ffn, read_flag(config, "norm_topk_prob")))
-    dense = config.get("mlp_only_layers") or ()
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise config_error("mlp_only_layers", dense, "a list of layers is needed", "check the config")
     return tuple(None if i in dense or (i + 1) % step else moe for i in range(count))
 
 
@@ -268,7 +277,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
-        windows=one_window,
+        windows=mistral_windows,
         defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     ),
     "gemma": Family(

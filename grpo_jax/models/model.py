@@ -60,7 +60,7 @@ class Model:
         spec: its facts.
         dtype: "float32" or "bfloat16", what is computed in. Norms, rotary, softmax and logits are float32 always.
         param_dtype: "float32" or "bfloat16", what is stored. float32 by default: at the learning rates of
-            reinforcement learning an update is less than half a bfloat16 step and would be lost.
+            reinforcement learning an update is less than half a bfloat16 step, kept only by rounding at random.
         precision: of every matmul on every backend; by default "highest" in float32 and "default" in bfloat16.
         mesh: by default the first device alone.
         remat: what a layer keeps for the backward pass: "none" recomputes no product, "attention" keeps the

@@ -168,7 +168,10 @@ def _longrope(spec: RotarySpec, rope: Mapping[str, Any], config: Config, name: s
 def _original_len(rope: Mapping[str, Any], config: Config, name: str) -> int:
     key = "original_max_position_embeddings"
     inside = rope.get(key) or config.get("max_position_embeddings")
-    return int(read_number({key: config.get(key) or inside}, key, inside=name))
+    length = read_number({key: config.get(key) or inside}, key, inside=name)
+    if length < 2:  # its logarithm divides
+        raise config_error(f"{name}.{key}", length, "a length of at least 2 is needed", "check the config")
+    return int(length)
 
 
 def _factors(rope: Mapping[str, Any], key: str, name: str) -> tuple[float, ...]:

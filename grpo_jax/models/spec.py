@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from grpo_jax.models.families import FAMILIES, Family, MoESpec, QKNorm
 from grpo_jax.models.fields import Config, config_error, read_cap, read_flag, read_number, read_size
@@ -15,6 +16,9 @@ MOST = 1_000
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 """Of the MLP, by Hugging Face's names."""
 
+
+EVERYWHERE: dict[str, tuple[Any, ...]] = {"is_causal": (True,)}
+"""Field of every family -> the values that are supported; what makes the masks in transformers reads it in all."""
 
 LORA_TARGETS = {
     **{name: "attention" for name in ("q", "k", "v", "out")},
@@ -237,7 +241,7 @@ def cut_runs(layers: tuple[LayerSpec, ...]) -> tuple[Run, ...]:
 
 def _refuse(config: Config, family: Family) -> None:
     unsupported = "it changes the numbers and is not supported"
-    for name, legal in family.only.items():
+    for name, legal in (EVERYWHERE | dict(family.only)).items():
         if config.get(name, legal[0]) not in legal:
             raise config_error(name, config[name], unsupported, f"use a checkpoint with {legal[0]!r}")
     quantised = config.get("quantization_config")

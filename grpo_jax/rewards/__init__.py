@@ -65,9 +65,9 @@ def resolve(spec: str, /, **options: Any) -> Reward:
     return load_reward(spec, options, reward_name(spec))
 
 
-def load_reward(spec: str, options: Mapping[str, Any], name: str) -> Reward:
-    """As ``resolve``, for a reward that its run calls ``name``."""
-    function = find_reward(spec, REWARDS)
+def load_reward(spec: str, options: Mapping[str, Any], name: str, as_main: bool = False) -> Reward:
+    """As ``resolve``, for a reward that its run calls ``name``; its file may become the main module."""
+    function = find_reward(spec, REWARDS, as_main)
     # A column of the dataset may fill any parameter of a user's function, but no option of a built-in.
     own = defaults(function) if spec in REWARDS else {}
     return bind(function, {**own, **options}, name)

@@ -5,7 +5,7 @@ Used on both sides of the pipe, so it imports only the standard library.
 
 import math
 import reprlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -104,24 +104,15 @@ def call_reward(function: Reward, batch: Batch, wait: Wait) -> Answer:
     except (RewardProblem, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:
-        raise raised(function, batch, wait, error) from error
+        raise raised(batch, error) from error
 
 
-def raised(function: Reward, batch: Batch, wait: Wait, error: BaseException) -> RewardProblem:
-    """The problem of a function that raised ``error`` on ``batch``.
-
-    The row is found by calling again on halves, at most twice the work of the call that failed; where no single
-    row raises, it stays unknown.
-    """
-    start, stop = 0, len(batch)
-    while stop - start > 1:
-        middle = (start + stop) // 2
-        first_half = _raises_alike(function, batch.rows(start, middle), wait, error)
-        start, stop = (start, middle) if first_half else (middle, stop)
-    row = start if len(batch) == 1 or _raises_alike(function, batch.rows(start, stop), wait, error) else None
-    on = "" if row is None or len(batch) == 0 else f" on completion {_show(_text(batch.completions[row]))}"
+def raised(batch: Batch, error: BaseException) -> RewardProblem:
+    """The problem of a function that raised ``error`` on ``batch``; it is not called again to find the row."""
+    row = _row_at_hand(batch, error)
+    having = "" if row is None else f" with completion {_show(_text(batch.completions[row]))} at hand"
     return RewardProblem(
-        f"raised {type(error).__name__}: {words_of(error)}{_place(error)}{on}; "
+        f"raised {type(error).__name__}: {words_of(error)}{_place(error)}{having}; "
         "repair it, or return None for what it cannot judge",
         row,
     )
@@ -183,14 +174,30 @@ def _number(value: Any, row: int) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _raises_alike(function: Reward, batch: Batch, wait: Wait, error: BaseException) -> bool:
-    try:
-        _called(function, batch, wait)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as another:
-        return type(another) is type(error)
-    return False
+def _row_at_hand(batch: Batch, error: BaseException) -> int | None:
+    """The one row that the innermost variables of the function were about when it raised; None where none shows."""
+    if len(batch) == 1:
+        return 0
+    rows: dict[int, int | None] = {}  # by the identity of what a row consists of; None for what several rows share
+    for values in (batch.completions, *batch.columns.values()):
+        for row, value in enumerate(values):
+            for part in (value, *value[-1:], _text(value)) if isinstance(value, list) else (value,):
+                if isinstance(part, list | dict) or (isinstance(part, str) and len(part) > 1):  # Python shares "a"
+                    rows[id(part)] = row if rows.get(id(part), row) == row else None
+    frames = list(_frames(error))
+    for local in reversed(frames):
+        at_hand = {rows[id(value)] for value in local.values() if rows.get(id(value)) is not None}
+        if len(at_hand) == 1:
+            return at_hand.pop()
+    return None
+
+
+def _frames(error: BaseException) -> Iterator[dict[str, Any]]:
+    """The variables of each call that the error went through, the outermost first."""
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame.f_locals
+        trace = trace.tb_next
 
 
 def _place(error: BaseException) -> str:
@@ -204,7 +211,8 @@ def _place(error: BaseException) -> str:
 
 def _text(completion: Any) -> Any:
     """The content of a completion's last message, or the completion, for an error."""
-    return completion[-1]["content"] if isinstance(completion, list) and completion else completion
+    message = completion[-1] if isinstance(completion, list) and completion else None
+    return message.get("content") if isinstance(message, Mapping) else completion
 
 
 def _show(value: Any) -> str:

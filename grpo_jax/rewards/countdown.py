@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.rewards.answers import completion_text, last_tag, marked_answer
+from grpo_jax.rewards.answers import completion_text, enclosed_answer, missing, reference_text
+from grpo_jax.rewards.equality import exact_value, normalise, plain_signs
 
 LONGEST = 200
 """Characters of an expression that is still read."""
 
-_SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-", "$": " "}
+_SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": " ", r"\right": " ", "\\(": " ", "\\)": " ", "$": " "}
+_LABEL = re.compile(r"^(?:[*_#\s]*(?:final )?answer[*_\s]*:)?[*_`\s]*", re.IGNORECASE)
 _ALLOWED = re.compile(r"[0-9+\-*/() ]+")
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -36,9 +38,9 @@ def countdown(
     r"""1.0 where the answer is an expression of the numbers in ``nums``, each used once, that equals ``target``.
 
     The answer is what stands in the last ``<answer>...</answer>``, else in the last ``\boxed{}``, else the last line;
-    what follows an ``=`` in it is not looked at. It may hold numbers, ``+ - * /`` (also ``\times``, ``\div``) and
-    round brackets, at most ``LONGEST`` characters; it is computed exactly, with fractions, and never executed. A row
-    without ``nums`` or ``target`` gets None.
+    of an equation the first side that computes something counts. It may hold numbers, ``+ - * /`` (also ``\times``,
+    ``\div``) and round brackets, at most ``LONGEST`` characters; it is computed exactly, with fractions, and never
+    executed. A row whose ``nums`` or ``target`` are missing or no numbers gets None.
 
     Args:
         prompts: not looked at.
@@ -55,39 +57,49 @@ def countdown(
     """
     return [
         None if numbers is None or wanted is None else _score(completion_text(completion), numbers, wanted, near)
-        for completion, numbers, wanted in zip(completions, nums, target, strict=True)
+        for completion, numbers, wanted in zip(
+            completions, map(_whole_numbers, nums), map(_target, target), strict=True
+        )
     ]
 
 
-def _score(text: str, numbers: str | Sequence[Any], wanted: Any, near: float) -> float:
-    expression = _expression(text)
-    if expression is None:
-        return 0.0
-    given = re.findall("[0-9]+", numbers) if isinstance(numbers, str) else numbers
-    if Counter(map(int, re.findall("[0-9]+", expression))) != Counter(map(int, given)):
+def expression_of(text: str) -> str | None:
+    """The expression that a completion gives as its answer, in ASCII; None where it gives none that is read."""
+    enclosed = enclosed_answer(text)
+    lines = text.rstrip()[-4 * LONGEST :].splitlines()
+    answer = enclosed if enclosed is not None else lines[-1] if lines and "\\boxed{" not in text else ""
+    answer = plain_signs(answer[: 4 * LONGEST])
+    for sign, plain in _SIGNS.items():
+        answer = answer.replace(sign, plain)
+    sides = [side.strip() for side in _LABEL.sub("", answer).rstrip("*_`. \t").split("=")]
+    computing = (side for side in sides if _ALLOWED.fullmatch(side) and not side.isdigit())
+    expression = next(computing, sides[0])
+    return expression if len(expression) <= LONGEST and _ALLOWED.fullmatch(expression) else None
+
+
+def _whole_numbers(nums: Any) -> Counter[int] | None:
+    """The numbers of a row, each as often as it is given; None where one is missing or not whole."""
+    if missing(nums):
+        return None
+    values = map(exact_value, re.findall(r"[-.\w]+", nums)) if isinstance(nums, str) else map(_target, nums)
+    whole = [int(value) if value is not None and value.denominator == 1 else None for value in values]
+    return None if None in whole or not whole else Counter(value for value in whole if value is not None)
+
+
+def _target(value: Any) -> Fraction | None:
+    text = reference_text(value)
+    return None if text is None else exact_value(normalise(text))
+
+
+def _score(text: str, numbers: Counter[int], wanted: Fraction, near: float) -> float:
+    expression = expression_of(text)
+    if expression is None or Counter(map(int, re.findall("[0-9]+", expression))) != numbers:
         return 0.0
     try:
         value = _value(ast.parse(expression, mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError):
         return 0.0
-    return 1.0 if value == Fraction(str(wanted)) else near
-
-
-def _expression(text: str) -> str | None:
-    tagged = last_tag(text, "answer")
-    answer = tagged if tagged is not None else _untagged(text)
-    answer = answer[: 4 * LONGEST]
-    for sign, plain in _SIGNS.items():
-        answer = answer.replace(sign, plain)
-    expression = answer.partition("=")[0].strip()
-    return expression if len(expression) <= LONGEST and _ALLOWED.fullmatch(expression) else None
-
-
-def _untagged(text: str) -> str:
-    if "\\boxed{" in text:
-        return marked_answer(text) or ""
-    lines = text.rstrip()[-4 * LONGEST :].splitlines()
-    return lines[-1] if lines else ""
+    return 1.0 if value == wanted else near
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -114,7 +114,7 @@ class LocalRewards:
             self._loop = None
 
     def _guard(self, number: int, batch: Batch, start: int, do: Callable[[], Any]) -> Any:
-        name, function = self._functions[number]
+        name = self._functions[number][0]
         try:
             return do()
         except (KeyboardInterrupt, MemoryError):
@@ -122,10 +122,7 @@ class LocalRewards:
         except RewardProblem as problem:
             raise problem.error(name, start) from None
         except BaseException as error:
-            raise raised(function, batch, self._wait, error).error(name, start) from error
-
-    def _wait(self, awaitable: Awaitable[Any]) -> Any:
-        return self._running_loop().submit(awaitable).result()
+            raise raised(batch, error).error(name, start) from error
 
     def _running_loop(self) -> LoopThread:
         self._loop = self._loop or LoopThread()

@@ -44,13 +44,14 @@ def unique_names(specs: Sequence[str | Reward]) -> tuple[str, ...]:
     return tuple(unique)
 
 
-def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
+def find_reward(spec: str, table: Mapping[str, Reward], as_main: bool = False) -> Reward:
     """The function that ``spec`` names.
 
     Args:
         spec: a name in ``table``, ``module:function``, or ``path/file.py:function`` (relative to the working
             directory).
         table: the built-in rewards by name.
+        as_main: make a file's module the main one, as ``find_function`` does.
 
     Raises:
         ValueError: no such built-in, module, file or function, or the module does not import.
@@ -68,7 +69,7 @@ def find_reward(spec: str, table: Mapping[str, Reward]) -> Reward:
             f"reward {spec!r}: the running script is not run again in the worker; "
             "put the function into a file of its own, or give Trainer the function itself"
         )
-    return find_function(spec, "reward")
+    return find_function(spec, "reward", as_main)
 
 
 def bind(function: Reward, options: Mapping[str, Any], name: str) -> Reward:
@@ -80,7 +81,7 @@ def bind(function: Reward, options: Mapping[str, Any], name: str) -> Reward:
         name: of the reward in its run, for errors.
 
     Raises:
-        ValueError: an option that is no parameter of the function, by its dotted path.
+        ValueError: an option that is no parameter of the function, or no text where it says text, by its dotted path.
     """
     if not options:
         return function
@@ -93,13 +94,30 @@ def bind(function: Reward, options: Mapping[str, Any], name: str) -> Reward:
                 f"{nearest(option, known)}; it has {', '.join(known) or 'none'}"
             )
 
+    fitting = {key: _fitting(value, signature.parameters[key], f"{name}.{key}") for key, value in options.items()}
+
     @functools.wraps(function)
     def bound(*samples: Any, **columns: Any) -> Any:
-        return function(*samples, **{**columns, **options})
+        return function(*samples, **{**columns, **fitting})
 
     free = [parameter for key, parameter in signature.parameters.items() if key not in options]
     vars(bound)["__signature__"] = signature.replace(parameters=free)
     return bound
+
+
+def _fitting(value: Any, parameter: inspect.Parameter, path: str) -> Any:
+    """The option as its parameter takes it: a text of digits, which a command cannot tell from a number, is text."""
+    said = parameter.annotation
+    if not (said in (str, "str") or (said is parameter.empty and isinstance(parameter.default, str))):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        raise ValueError(
+            f"reward.options.{path}: got {value!r}, a number whose spelling is lost, and the function takes text; put "
+            "it in quotes, on a command line in quotes within quotes"
+        )
+    return str(value) if isinstance(value, int) else value
 
 
 def parameters(function: Reward) -> frozenset[str] | None:

@@ -3,14 +3,20 @@
 import functools
 import importlib.util
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_jax.rewards.answers import completion_text, last_box, last_tag, normalise_latex, rest_of_line
+from grpo_jax.rewards.answers import behind_hashes, completion_text, enclosed_answer, reference_text
+from grpo_jax.rewards.equality import meaning, plain_signs, same
 
 TAIL = 1000
 """Characters at the end of a completion in which an answer without a box is looked for."""
+
+_MIXED = re.compile(r"(?<![0-9.] )\b([0-9]+) ([0-9]+)/([0-9]+)\b")
+_TEXT = re.compile(r"[0-9] [0-9]|://|\b[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}\b|\b[0-9]{1,2}/[0-9]{1,2}/[0-9]{4}\b")
+_UNREAD = re.compile(r"\\?\$|[€£¥₹]|^[*_`\s]+|[*_`\s]+$")
 
 
 def math_verify(
@@ -27,9 +33,10 @@ def math_verify(
 
     The answer is what stands in the last ``<answer>...</answer>``, in the last ``\boxed{}``, or behind the last
     ``####``; where none of these is there, math-verify looks for one in the last ``TAIL`` characters. Answers that are
-    the same text after
-    ``answers.normalise_latex`` are right without being parsed; an answer longer than ``max_answer_chars`` is wrong
-    without being parsed. A row whose ``answer`` is None, or that math-verify makes nothing of, gets None.
+    the same text (``equality.same``) are right without being parsed; an answer longer than ``max_answer_chars`` is
+    wrong without being parsed, and so is one in another currency or unit. A date, an address or numbers with white
+    space between them are text, no sum or product. A row whose ``answer`` is missing, or that math-verify makes nothing
+    of, gets None.
 
     Args:
         prompts: not looked at.
@@ -48,40 +55,46 @@ def math_verify(
     >>> math_verify(["2/4"] * 3, said, [[]] * 3, answer=[r"\frac{1}{2}"] * 3)
     [1.0, 1.0, 0.0]
     """
-    same = _comparison(timeout_seconds)
+    equal = _comparison(timeout_seconds)
     return [
-        None if wanted is None else _score(completion_text(completion), str(wanted), max_answer_chars, same)
-        for completion, wanted in zip(completions, answer, strict=True)
+        None if wanted is None else _score(completion_text(completion), wanted, max_answer_chars, equal)
+        for completion, wanted in zip(completions, map(reference_text, answer), strict=True)
     ]
 
 
-def _score(text: str, wanted: str, longest: int, same: Callable[[str, str], bool | None]) -> float | None:
-    said, right = _marked(text), _marked(wanted)
+def math_answer(text: str) -> str | None:
+    """The answer in the last tags or box, or behind the last ``####``; None where a text has none of these."""
+    enclosed = enclosed_answer(text)
+    return behind_hashes(text) if enclosed is None else enclosed
+
+
+def _score(text: str, wanted: str, longest: int, equal: Callable[[str, str], bool | None]) -> float | None:
+    said, right = math_answer(text), math_answer(wanted)
     shown, right = text if said is None else said, wanted if right is None else right
-    if len(shown) <= longest and (plain := normalise_latex(shown)) and plain == normalise_latex(right):
+    if len(shown) <= longest and same(shown, right, latex=True):
         return 1.0
     if said is not None and not 0 < len(said) <= longest:
         return 0.0
-    verdict = same(
+    if len(shown) <= longest and len(right) <= longest and _only_text(shown, right):
+        return 0.0
+    verdict = equal(
         _in_box(right) if len(right) <= longest else right[-TAIL:],
         text[-TAIL:] if said is None else _in_box(said),
     )
     return None if verdict is None else float(verdict)
 
 
-def _marked(text: str) -> str | None:
-    tagged = last_tag(text, "answer")
-    body = text if tagged is None else tagged
-    box = last_box(body)
-    if box is not None or tagged is not None:
-        return body if box is None else box
-    start = text.rfind("####")
-    return None if start < 0 else rest_of_line(text, start + 4) or ""
+def _only_text(said: str, right: str) -> bool:
+    """Whether answers that differ as text are no equal mathematics: a date, an address, a row of numbers, two units."""
+    one, other = meaning(said, latex=True), meaning(right, latex=True)
+    units = {one.unit, other.unit} - {None}
+    return len(units) > 1 or any(_TEXT.search(_MIXED.sub("", answer.value)) for answer in (one, other))
 
 
 def _in_box(answer: str) -> str:
-    """An answer as math-verify finds it before all else."""
-    return "\\boxed{" + answer.replace("$", "") + "}"
+    """An answer as math-verify finds it before all else, in signs that it reads."""
+    mixed = _MIXED.sub(r"\1\\frac{\2}{\3}", " ".join(plain_signs(answer).split()))
+    return "\\boxed{" + _UNREAD.sub("", mixed).replace("°", "^\\circ") + "}"
 
 
 def _comparison(timeout_seconds: int) -> Callable[[str, str], bool | None]:

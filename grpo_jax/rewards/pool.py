@@ -4,12 +4,12 @@ import math
 import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from grpo_jax.functions import nearest
 from grpo_jax.rewards import REWARDS
-from grpo_jax.rewards.attempts import Attempts, Patience, encode
+from grpo_jax.rewards.attempts import Attempts, Piece, Workers, chunks, encode
 from grpo_jax.rewards.call import Batch, RewardProblem, missing_column
 from grpo_jax.rewards.local import LocalCall, LocalRewards
 from grpo_jax.rewards.lookup import RESERVED, SAMPLES, Reward, bind, needed_columns, unique_names
@@ -21,21 +21,22 @@ __all__ = ["RewardPool", "Scores", "Scoring"]
 
 
 class RewardPool:
-    """Runs reward functions, each one given by name in a worker process of its own, all at the same time.
+    """Runs reward functions, each one given by name in worker processes of its own, all at the same time.
 
-    The time limit holds for one call of a function on a whole batch and can always fire, because it kills the
-    process. Then, and when the process dies by itself, the batch is tried again in halves, quarters and so on, down
-    to the completions that are at fault: they alone get NaN. A retried piece of n of N completions gets
-    ``timeout_seconds * max(2n/N, 1/8)``. ``score`` returns within 9 times ``timeout_seconds`` plus 10 times
-    the seconds that starting this worker takes; what is unscored then is NaN too, and counted.
+    The time limit is for 16 completions; a call on more has it for every 16 of them. It can always fire, because it
+    kills the process. Then, and when the process dies by itself, its completions are asked 16 at a time, and those of
+    16 without an answer one by one: only what is at fault gets NaN. All that has no answer, and what is asked again
+    for it, takes at most 9 times ``timeout_seconds`` and the seconds that starting a worker takes; what is unscored
+    then is NaN too, and counted. A function that raises is not asked again.
 
-    `begin` scores a batch while its completions come: a built-in given by name, and what ``stream`` names, is called
-    on each group that is handed over instead of once on all, each call under the time limit, and failures together
-    cost no more than above. The other functions get the whole batch at its end.
+    A built-in given by name, what ``stream`` names, and with several workers every function given by name is called
+    on at most 16 completions; `begin` calls the first two on each group that is handed over while others come. The
+    other functions get the whole batch at its end.
 
     Function objects run in the calling process, one after the other, awaitables of all of them together, without a
-    time limit. One thread scores at a time. Use as a context manager, or call ``close``. On Linux no worker outlives
-    this process, even one killed with SIGKILL; elsewhere an idle one ends with it and a busy one after its call.
+    time limit. One thread scores at a time. Use as a context manager, or call ``close``. On Linux no worker, and
+    nothing a worker started, outlives this process, even one killed with SIGKILL; elsewhere an idle worker ends with
+    it and a busy one after its call.
     """
 
     def __init__(
@@ -46,23 +47,27 @@ class RewardPool:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         state: TrainerState | None = None,
         stream: Collection[str] = (),
+        workers: int = 1,
+        environment: Collection[str] = (),
     ) -> None:
         """Start a worker for every reward given by name, and load it there.
 
         Args:
             specs: names as ``resolve`` takes them, or functions.
-            timeout_seconds: for one call on a whole batch.
-            memory_limit_mb: address space of a worker; None for no limit.
+            timeout_seconds: for 16 completions.
+            memory_limit_mb: of a worker and all it starts together; None for no limit.
             options: parameters bound to a reward, by its name in ``unique_names(specs)``.
             state: what is known before the first step: the length of the run and of its completions.
             stream: rewards, by their names in ``unique_names(specs)``, that judge a completion by itself and so may
                 be called on each group as soon as it is sampled; built-ins given by name always are.
+            workers: processes of each reward given by name, started when there is work for them.
+            environment: names of variables that workers get although they look like tokens, keys and the like.
 
         Raises:
             ValueError: an argument or option that cannot be, or a reward that is not found or does not load.
         """
         _check_specs(specs)
-        _check_limits(timeout_seconds, memory_limit_mb)
+        _check_limits(timeout_seconds, memory_limit_mb, workers)
         self.names = unique_names(specs)
         self.state = state or TrainerState()
         bound = _checked_options(options or {}, self.names)
@@ -71,10 +76,13 @@ class RewardPool:
         self._streamed = {*map(self.names.index, named), *built_in}
         self._timeout = timeout_seconds
         self._workers = {
-            number: WorkerProcess(self.names[number], spec, bound[number], memory_limit_mb, self.state)
-            for number, spec in enumerate(specs)
+            n: Workers(
+                partial(WorkerProcess, self.names[n], spec, bound[n], memory_limit_mb, self.state, environment), workers
+            )
+            for n, spec in enumerate(specs)
             if isinstance(spec, str)
         }
+        self._in_chunks = self._streamed | (set(self._workers) if workers > 1 else set())
         functions = {
             n: (self.names[n], bind(spec, bound[n], self.names[n]))
             for n, spec in enumerate(specs)
@@ -82,16 +90,16 @@ class RewardPool:
         }
         self._needs = {name: needed_columns(function) for name, function in functions.values()}
         self._local = LocalRewards(functions)
-        # A worker lives no longer than the thread that starts it: these threads stay until the pool is closed.
-        self._threads = {n: ThreadPoolExecutor(1, thread_name_prefix="grpo_jax rewards") for n in self._workers}
-        parts = list(self._threads.values()), list(self._workers.values()), self._local
-        self._finalizer = weakref.finalize(self, _stop, *parts)
+        self._finalizer = weakref.finalize(self, _stop, list(self._workers.values()), self._local)
         try:
-            _results([self._threads[n].submit(worker.ensure) for n, worker in self._workers.items()])
+            first = {n: workers.do(_started) for n, workers in self._workers.items()}
+            errors = [started.exception() for started in first.values()]
+            for error in filter(None, errors):
+                raise error
         except BaseException:
             self.close()
             raise
-        self._needs |= {self.names[number]: worker.needs for number, worker in self._workers.items()}
+        self._needs |= {self.names[number]: started.result() for number, started in first.items()}
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Refuse a dataset that cannot be scored, before anything is sampled.
@@ -132,9 +140,13 @@ class RewardPool:
         with self.begin() as scoring:
             return scoring.finish(Batch(prompts, completions, completion_ids, columns, state or self.state))
 
-    def begin(self) -> "Scoring":
-        """A batch that is scored while its completions come; end one before the next."""
-        return Scoring(self)
+    def begin(self, only: Collection[int] | None = None) -> "Scoring":
+        """A batch that is scored while its completions come; end one before the next.
+
+        Args:
+            only: places of the functions to ask, the others give no answer; None for all.
+        """
+        return Scoring(self, range(len(self.names)) if only is None else only)
 
     def close(self) -> None:
         """Kill the workers; the pool cannot be used after this."""
@@ -152,11 +164,12 @@ class RewardPool:
 class Scoring:
     """One batch: `add` the groups that are done, in any order, and `finish` with all. What is left at its exit ends."""
 
-    def __init__(self, pool: RewardPool):
-        """Nothing is asked yet."""
-        self._pool, self._cancel = pool, threading.Event()
-        self._patience = {number: Patience() for number in pool._workers}
-        self._remote: dict[int, dict[int, Future[Part]]] = {}  # by function and by the first row of a group
+    def __init__(self, pool: RewardPool, asked: Collection[int]):
+        """Nothing is asked yet; ``asked`` are the places of the functions that will be."""
+        self._pool, self._asked, self._cancel = pool, asked, threading.Event()
+        self._remote = {
+            n: Attempts(workers, pool.names[n], pool._timeout, self._cancel) for n, workers in pool._workers.items()
+        }
         self._local: dict[int, dict[int, LocalCall]] = {}
         self._added = 0
 
@@ -171,7 +184,7 @@ class Scoring:
             ValueError: as `RewardPool.score`.
         """
         self._added += len(batch)
-        self._begin(self._pool._streamed, start, batch)
+        self._begin([n for n in self._asked if n in self._pool._streamed], start, batch)
 
     def finish(self, batch: Batch) -> Scores:
         """Ask the others, and wait for all.
@@ -184,14 +197,13 @@ class Scoring:
         """
         if self._added not in (0, len(batch)):
             raise ValueError(f"got {len(batch)} completions at the end and {self._added} before it; add all or none")
-        everyone = range(len(self._pool.names))
-        self._begin([n for n in everyone if not self._added or n not in self._pool._streamed], 0, batch)
+        self._begin([n for n in self._asked if not self._added or n not in self._pool._streamed], 0, batch)
         local = {n: {at: self._pool._local.finish(c) for at, c in calls.items()} for n, calls in self._local.items()}
         pieces = {n: {at: Part.of(answer) for at, answer in answers.items()} for n, answers in local.items()}
-        for number, futures in self._remote.items():
-            ordered = dict(sorted(futures.items()))
-            pieces[number] = dict(zip(ordered, _results(list(ordered.values())), strict=True))
-        return Scores.of(self._pool.names, [Part.joined(len(batch), pieces.get(n, {})) for n in everyone])
+        pieces |= {n: attempts.parts() for n, attempts in self._remote.items()}
+        return Scores.of(
+            self._pool.names, [Part.joined(len(batch), pieces.get(n, {})) for n in range(len(self._pool.names))]
+        )
 
     def __enter__(self) -> "Scoring":
         """Itself."""
@@ -212,34 +224,25 @@ class Scoring:
         if not len(batch):
             return
         remote = [number for number in sorted(numbers) if number in self._pool._workers]
-        request = encode(batch) if remote else b""
+        whole, cut = list[Piece](), list[Piece]()
         for number in remote:
-            self._remote.setdefault(number, {})[start] = self._submit(number, batch, request, start)
+            if number in self._pool._in_chunks:
+                cut = cut or chunks(start, batch)
+            else:
+                whole = whole or [Piece(start, batch, encode(batch))]
+            self._remote[number].ask(cut if number in self._pool._in_chunks else whole)
         for number in sorted(set(numbers) - set(remote)):
             self._local.setdefault(number, {})[start] = self._pool._local.begin(number, batch, start)
 
-    def _submit(self, number: int, batch: Batch, request: bytes, start: int) -> "Future[Part]":
-        pool = self._pool
-        attempts = Attempts(
-            pool._workers[number], pool.names[number], pool._timeout, self._cancel, self._patience[number]
-        )
-        return pool._threads[number].submit(attempts.score, batch, request, start)
+
+def _started(worker: WorkerProcess) -> tuple[str, ...]:
+    worker.ensure()
+    return worker.needs
 
 
-def _results(futures: "list[Future[Any]]") -> list[Any]:
-    """Results in order, after all have ended, so that an error leaves nothing running behind it."""
-    errors = [future.exception() for future in futures]
-    for error in errors:
-        if error is not None:
-            raise error
-    return [future.result() for future in futures]
-
-
-def _stop(threads: list[ThreadPoolExecutor], workers: list[WorkerProcess], local: LocalRewards) -> None:
-    for worker in workers:
-        worker.close()
-    for thread in threads:
-        thread.shutdown(wait=True, cancel_futures=True)
+def _stop(workers: list[Workers], local: LocalRewards) -> None:
+    for each in workers:
+        each.close()
     local.close()
 
 
@@ -290,7 +293,9 @@ def _check_specs(specs: Sequence[str | Reward]) -> None:
             )
 
 
-def _check_limits(timeout_seconds: float, memory_limit_mb: int | None) -> None:
+def _check_limits(timeout_seconds: float, memory_limit_mb: int | None, workers: int) -> None:
+    if workers < 1:
+        raise ValueError(f"reward.workers: got {workers}, but each function needs a process; use 1, or more")
     if not 0 < timeout_seconds < math.inf:
         raise ValueError(f"reward.timeout_seconds: got {timeout_seconds}, but a limit is positive and finite; use 10")
     if memory_limit_mb is not None and memory_limit_mb < 64:

@@ -8,16 +8,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from grpo_jax.rewards.family import KEPT, OUT_OF_MEMORY
 from grpo_jax.rewards.state import MOST_LOGGED, TrainerState
-from grpo_jax.rewards.worker import OUT_OF_MEMORY
+from grpo_jax.rewards.surroundings import ROOT, environment_for, import_path, withheld
 
 START_SECONDS = 120.0
 """A worker that has not imported its reward by then is given up."""
+
+END_SECONDS = 10.0
+"""A process that has not ended of itself by then is killed, with its group."""
+
+# Only grpo_jax itself is looked for in its folder, which may hold files that are called like modules of Python.
+_PROGRAM = """import sys
+sys.path.insert(0, {root!r})
+import grpo_jax
+del sys.path[0]
+from grpo_jax.rewards.worker import main
+main({parent}, {memory_limit_mb})"""
 
 _CHUNK = 1 << 16
 
@@ -34,7 +46,13 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, name: str, spec: str, options: Mapping[str, Any], memory_limit_mb: int | None, state: TrainerState
+        self,
+        name: str,
+        spec: str,
+        options: Mapping[str, Any],
+        memory_limit_mb: int | None,
+        state: TrainerState,
+        environment: Collection[str] = (),
     ) -> None:
         """Note what to run; nothing is started yet.
 
@@ -42,8 +60,9 @@ class WorkerProcess:
             name: of the reward in its run.
             spec: as ``find_reward`` takes it.
             options: bound to it.
-            memory_limit_mb: address space; None for no limit.
+            memory_limit_mb: of the process and all it starts; None for no limit.
             state: before the first step, with which a built-in is tried.
+            environment: names of variables it gets although they look like secrets.
         """
         self.start_seconds = 0.0
         self.needs: tuple[str, ...] = ()
@@ -51,6 +70,8 @@ class WorkerProcess:
         self._start = {"name": name, "spec": spec, "options": dict(options), "state": asdict(state)}
         self._memory_limit_mb = memory_limit_mb
         self._process: subprocess.Popen[bytes] | None = None
+        self._environment = environment
+        self._asked = 0
         self._closed = False
         self._lock = threading.Lock()
         self._turn = threading.RLock()
@@ -74,9 +95,8 @@ class WorkerProcess:
         with self._lock:
             if self._closed:
                 raise WorkerDied("was closed")
-            self._process = _popen()
-        limits = {"memory_limit_mb": self._memory_limit_mb, "path": sys.path, "parent": os.getpid()}
-        problem = self._load(json.dumps(self._start | limits).encode() + b"\n")
+            self._process = self._popen()
+        problem = self._load(json.dumps(self._start | {"path": import_path()}).encode() + b"\n")
         if problem is not None:
             self.kill()
             raise ValueError(problem)
@@ -93,8 +113,9 @@ class WorkerProcess:
             process = self._process
             if process is None:
                 raise WorkerDied("does not run")
+            self._asked += 1
             try:
-                answer = json.loads(_exchange(process, request, time.monotonic() + limit_seconds))
+                answer = json.loads(_exchange(process, self._asked, request, time.monotonic() + limit_seconds))
                 if not isinstance(answer, dict):
                     raise ValueError
                 return answer
@@ -102,19 +123,25 @@ class WorkerProcess:
                 self.kill()
                 raise
             except (EOFError, OSError, ValueError) as error:
+                if not isinstance(error, ValueError):
+                    with suppress(subprocess.TimeoutExpired):  # how it ended is known when its keeper has ended too
+                        process.wait(END_SECONDS)
                 self.kill()
                 raise WorkerDied(self._how_it_ended(process.returncode, error)) from error
 
     def kill(self) -> None:
-        """End the process and all it started in its group."""
+        """End the process and all it started."""
         with self._lock:
             process, self._process = self._process, None
             if process is None:
                 return
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            if KEPT:
+                with suppress(subprocess.TimeoutExpired):
+                    process.terminate()
+                    process.wait(END_SECONDS)
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         with self._turn:  # a thread that is reading these pipes sees their end now and lets go
             for pipe in (process.stdin, process.stdout):
@@ -127,6 +154,25 @@ class WorkerProcess:
             self._closed = True
         self.kill()
 
+    def hint(self, problem: str) -> str:
+        """What to add to a problem that speaks of an environment variable which the process did not get."""
+        spoken = [name for name in withheld(os.environ, self._environment) if name in problem]
+        if not spoken:
+            return ""
+        return f" (a reward's process does not get {spoken[0]}, as it looks like a secret; reward.environment gives it)"
+
+    def _popen(self) -> "subprocess.Popen[bytes]":
+        limits = {"parent": os.getpid(), "memory_limit_mb": self._memory_limit_mb}
+        return subprocess.Popen(
+            # -P: what lies in the working directory is not imported.
+            [sys.executable, "-P", "-c", _PROGRAM.format(root=str(ROOT), **limits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment_for(os.environ, self._environment),
+            start_new_session=True,  # its own group: killed whole, and deaf to the terminal's Ctrl-C
+        )
+
     def _load(self, start: bytes) -> str | None:
         try:
             answer = self.ask(start, START_SECONDS)
@@ -135,7 +181,7 @@ class WorkerProcess:
         except WorkerDied as death:
             return f"reward {self._spec!r}: its process {death} while loading; see stderr, or raise the memory limit"
         self.needs = tuple(answer.get("needs", ()))
-        return str(answer["problem"]) if "problem" in answer else None
+        return f"{answer['problem']}{self.hint(answer['problem'])}" if "problem" in answer else None
 
     def _how_it_ended(self, status: int | None, error: Exception) -> str:
         if status == OUT_OF_MEMORY:
@@ -148,28 +194,12 @@ class WorkerProcess:
         return f"ended with exit status {status}"
 
 
-def _popen() -> "subprocess.Popen[bytes]":
-    root = Path(__file__).resolve().parents[2]
-    environment = dict(os.environ)
-    if root.name not in ("site-packages", "dist-packages"):  # a checkout that is on sys.path but not installed
-        known = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [known, str(root)]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "grpo_jax.rewards.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-        env=environment,
-        start_new_session=True,  # its own group: killed whole, and deaf to the terminal's Ctrl-C
-    )
-
-
-def _exchange(process: "subprocess.Popen[bytes]", request: bytes, deadline: float) -> bytes:
-    """Write ``request``, read one line; never blocks past ``deadline``, whichever way the pipe is stuck."""
+def _exchange(process: "subprocess.Popen[bytes]", number: int, request: bytes, deadline: float) -> bytes:
+    """Write ``request`` with its number, read the answer of that number; never blocks past ``deadline``."""
     assert process.stdin is not None and process.stdout is not None  # both are pipes
     stdin, stdout = process.stdin.fileno(), process.stdout.fileno()
     os.set_blocking(stdin, False)
-    left, received = memoryview(request), bytearray()
+    left, received = memoryview(b"%d " % number + request), bytearray()
     # A row is at least 8 bytes of the request and at most 30 of the answer; a character at most 12 bytes of JSON.
     most = _CHUNK + 8 * len(request) + 12 * MOST_LOGGED
     with selectors.DefaultSelector() as selector:
@@ -188,6 +218,16 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes, deadline: floa
                 chunk = os.read(stdout, _CHUNK)
                 received += chunk
                 if received.endswith(b"\n"):
-                    return bytes(received)
-                if not chunk or len(received) > most:
+                    answers = dict(_numbered(line) for line in bytes(received).splitlines())
+                    if number in answers:
+                        return answers[number]
+                    received.clear()  # answers to what was asked before
+                if not chunk:
                     raise EOFError
+                if len(received) > most:
+                    raise ValueError("an answer without an end")
+
+
+def _numbered(line: bytes) -> tuple[int, bytes]:
+    number, _, answer = line.partition(b" ")
+    return int(number), answer

@@ -20,7 +20,7 @@ class Scores:
     Attributes:
         names: [F] names for logging, unique.
         rewards: [F, N] float64, NaN where a function gave no answer (None, NaN, out of time, process died).
-        timeout_counts: [F] completions that lost this reward to the time limit.
+        timeout_counts: [F] completions that lost this reward to the time limit, or had no time left to be tried again.
         crash_counts: [F] completions that lost this reward because its process died.
         warnings: one line per loss, to be logged; of many of a function the first ones and their number.
         extra: columns that functions logged, N values each, None where a function that logs had no time. A column
@@ -42,9 +42,9 @@ class Scores:
         return Scores(
             names=names,
             rewards=np.stack([part.values for part in parts]),
-            timeout_counts=tuple(part.timeouts for part in parts),
+            timeout_counts=tuple(part.timeouts + part.given_up for part in parts),
             crash_counts=tuple(part.crashes for part in parts),
-            warnings=tuple(line for name, part in zip(names, parts, strict=True) for line in few(name, part.warnings)),
+            warnings=tuple(line for name, part in zip(names, parts, strict=True) for line in part.said_of(name)),
             extra=_columns(names, parts),
             metrics=_figures(parts),
         )
@@ -61,16 +61,18 @@ class Part:
     """One function's row of ``Scores``, while it is filled; figures with the number of completions they are of."""
 
     values: np.ndarray
+    start: int = 0  # the place of the first value in the whole batch
     timeouts: int = 0
     crashes: int = 0
+    given_up: int = 0
     warnings: list[str] = field(default_factory=list)
     extra: dict[str, list[Any]] = field(default_factory=dict)
     figures: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
     @staticmethod
-    def blank(count: int) -> "Part":
+    def blank(count: int, start: int = 0) -> "Part":
         """No answer to any of ``count`` completions."""
-        return Part(np.full(count, np.nan))
+        return Part(np.full(count, np.nan), start)
 
     @staticmethod
     def of(answer: Answer) -> "Part":
@@ -88,12 +90,20 @@ class Part:
             out.values[rows] = piece.values
             out.timeouts += piece.timeouts
             out.crashes += piece.crashes
+            out.given_up += piece.given_up
             out.warnings += piece.warnings
             for column, values in piece.extra.items():
                 out.extra.setdefault(column, [None] * count)[rows] = values
             for name, figures in piece.figures.items():
                 out.figures.setdefault(name, []).extend(figures)
         return out
+
+    def said_of(self, name: str) -> list[str]:
+        """What is said of its losses, where the function is called ``name``."""
+        said = few(name, self.warnings)
+        if self.given_up:
+            said.append(f"reward {name!r}: the time to try this batch again is spent, {self.given_up} are not scored")
+        return said
 
     def put(
         self,

@@ -1,37 +1,33 @@
-"""The process that runs one reward: JSON lines in on stdin, JSON lines out on stdout.
+"""The process that runs one reward: lines in on stdin, lines out on stdout, each a number and JSON.
 
-Started by ``grpo_jax.rewards.process`` as ``python -m grpo_jax.rewards.worker``. The first line names the reward
-and the limits, each further one is a batch; every line gets one line back: ``{"needs": [columns]}``,
-``{"rewards": [...], "extra": {...}, "metrics": {...}}`` or ``{"problem": ..., "row": ..., "trace": ...}``. What the
-reward prints goes to stderr, what it reads from stdin is empty. It ends when stdin closes, and on Linux with its
-parent.
+Started by ``grpo_jax.rewards.process``. The first line names the reward, each further one is a batch; every line gets
+one line back with its number: ``{"needs": [columns]}``, ``{"rewards": [...], "extra": {...}, "metrics": {...}}`` or
+``{"problem": ..., "row": ..., "trace": ...}``. What the reward prints goes to stderr, what it reads from stdin is
+empty. It ends when stdin closes, and on Linux with its parent, and all it started with it.
 """
 
 import io
 import json
 import os
-import signal
 import sys
 from collections.abc import Awaitable
-from typing import Any, BinaryIO
+from contextlib import suppress
+from typing import Any
 
 from grpo_jax.functions import words_of
 from grpo_jax.rewards import REWARDS, load_reward
 from grpo_jax.rewards.call import Batch, RewardProblem, Wait, call_reward
+from grpo_jax.rewards.family import OUT_OF_MEMORY, keep
 from grpo_jax.rewards.lookup import Reward, needed_columns
 from grpo_jax.rewards.state import Notes, TrainerState
 
-OUT_OF_MEMORY = 86
-"""Exit status after a MemoryError: the process is not worth keeping, and its parent is to know why."""
 
-_PR_SET_PDEATHSIG = 1
-
-
-def main() -> None:
-    """Answer until stdin ends."""
-    requests, answers = _take_pipes()
+def main(parent: int, memory_limit_mb: int | None) -> None:
+    """Answer until stdin ends; a MemoryError ends the process, which is not worth keeping then."""
+    keep(parent, memory_limit_mb)
+    pipes = Pipes()
     try:
-        serve(requests, answers)
+        serve(pipes)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except BrokenPipeError:
@@ -40,27 +36,60 @@ def main() -> None:
     os._exit(0)  # threads a reward left behind do not keep the process
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+class Pipes:
+    """The protocol's two ends, which belong to this process alone: a fork of it has neither."""
+
+    def __init__(self) -> None:
+        """Take stdin and stdout; what the reward calls so are other files from here on."""
+        self._requests, self._answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+        self._process = os.getpid()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        os.dup2(2, 1)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        os.register_at_fork(after_in_child=self._close)
+
+    def read(self) -> tuple[bytes, Any] | None:
+        """The next request and its number; None at the end."""
+        number, _, request = self._requests.readline().partition(b" ")
+        return (number, json.loads(request)) if request else None
+
+    def answer(self, number: bytes, message: dict[str, Any]) -> None:
+        """Answer the request of that number; a fork that comes back from the reward's code ends here."""
+        if os.getpid() != self._process:
+            os._exit(0)
+        self._answers.write(number + b" " + json.dumps(message).encode() + b"\n")
+        self._answers.flush()
+
+    def _close(self) -> None:
+        for pipe in (self._requests, self._answers):
+            with suppress(OSError):
+                os.close(pipe.fileno())
+
+
+def serve(pipes: Pipes) -> None:
     """Load the reward that the first line names, then score a batch per line.
 
     Raises:
         MemoryError: from the reward or from this function; it ends the process.
     """
-    line = requests.readline()
-    if not line:
+    first = pipes.read()
+    if first is None:
         return
-    start = json.loads(line)
+    number, start = first
     try:
         function = _load(start)
     except MemoryError:
         raise
     except BaseException as error:
         raised = f"reward {start['name']!r}: loading it raised {type(error).__name__}: {words_of(error)}; repair it"
-        return _answer(answers, {"problem": str(error) if isinstance(error, ValueError) else raised})
-    _answer(answers, {"needs": needed_columns(function)})
+        return pipes.answer(number, {"problem": str(error) if isinstance(error, ValueError) else raised})
+    pipes.answer(number, {"needs": needed_columns(function)})
     wait = _waiter()
-    for line in requests:
-        _answer(answers, _scored(function, json.loads(line), wait))
+    while (asked := pipes.read()) is not None:
+        pipes.answer(asked[0], _scored(function, asked[1], wait))
 
 
 def _scored(function: Reward, request: dict[str, Any], wait: Wait) -> dict[str, Any]:
@@ -81,24 +110,10 @@ def _trace(error: BaseException | None) -> str:
     return "" if error is None else "".join(traceback.format_exception(error))[-20_000:]
 
 
-def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The protocol's two ends; what the reward calls stdin and stdout are other files from here on."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    return requests, answers
-
-
 def _load(start: dict[str, Any]) -> Reward:
     """Find the reward and bind its options; a built-in is tried on no completions, to refuse options now."""
-    _end_with_parent(start["parent"])
-    _limit_memory(start["memory_limit_mb"])
     sys.path[:] = start["path"]
-    function = load_reward(start["spec"], start["options"], start["name"])
+    function = load_reward(start["spec"], start["options"], start["name"], as_main=True)
     if start["spec"] in REWARDS:
         nothing: dict[str, list[Any]] = {column: [] for column in needed_columns(function)}
         batch = Batch(columns=nothing, state=TrainerState(**start["state"]))
@@ -107,30 +122,6 @@ def _load(start: dict[str, Any]) -> Reward:
         except ValueError as error:
             raise ValueError(f"reward {start['name']!r}: {error}") from error
     return function
-
-
-def _end_with_parent(parent: int) -> None:
-    """Linux kills this process when the thread that started it ends, however busy it is."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(0)
-
-
-def _limit_memory(megabytes: int | None) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if megabytes is None:
-        return
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = megabytes * 2**20 if hard == resource.RLIM_INFINITY else min(megabytes * 2**20, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (OSError, ValueError) as error:
-        print(f"reward worker: this system sets no memory limit ({error}); it runs without", file=sys.stderr)
 
 
 def _waiter() -> Wait:
@@ -148,12 +139,3 @@ def _waiter() -> Wait:
         return runners[0].run(result_of(awaitable))
 
     return wait
-
-
-def _answer(answers: BinaryIO, message: dict[str, Any]) -> None:
-    answers.write(json.dumps(message).encode() + b"\n")
-    answers.flush()
-
-
-if __name__ == "__main__":
-    main()

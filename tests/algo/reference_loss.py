@@ -72,12 +72,17 @@ def sigmoid(x):
 
 
 def at_most(x, bound):
-    """min(x, bound), the gradient of x at the tie; None is no bound."""
-    return x if bound is None or x.v <= bound else Dual(bound)
+    """min(x, bound), x itself up to slack beyond it; None is no bound."""
+    return x if bound is None or x.v <= bound + slack(bound) else Dual(bound)
 
 
 def at_least(x, bound):
-    return x if bound is None or x.v >= bound else Dual(bound)
+    return x if bound is None or x.v >= bound - slack(bound) else Dual(bound)
+
+
+def slack(bound):
+    """How far beyond a bound it acts."""
+    return 1e-5 * max(1.0, abs(bound))
 
 
 def clamp(x, low, high):
@@ -85,8 +90,9 @@ def clamp(x, low, high):
 
 
 def absolute(x):
-    """x * sign(x): slope 0 at 0."""
-    return x * float(np.sign(x.v))
+    """|x|, with a slope that rises from 0 at 1e-4 to sign(x) at 1e-3."""
+    slope = math.copysign(min(max((abs(x.v) - 1e-4) / 9e-4, 0.0), 1.0), x.v)
+    return Dual(abs(x.v), slope * x.g)
 
 
 def plus(low, one=1.0):
@@ -198,7 +204,7 @@ def weights(seq, name, low, high, veto):
     geometric = math.exp(math.fsum(t.log_w for t in seq) / max(len(seq), 1))
 
     def inside(x):
-        return (low is None or x >= low) and (high is None or x <= high)
+        return (low is None or x >= low - slack(low)) and (high is None or x <= high + slack(high))
 
     def cut(x):
         x = x if high is None else min(x, high)
@@ -214,7 +220,7 @@ def weights(seq, name, low, high, veto):
         "geo_mask": lambda: [geometric if inside(geometric) else 0.0] * len(w),
         "geo_gate": lambda: [x if inside(geometric) else 0.0 for x in w],
     }[name]()
-    if veto is not None and any(x < veto for x in w):
+    if veto is not None and any(x < veto * (1 - 1e-5) for x in w):
         return [0.0] * len(w)
     return out
 
@@ -223,7 +229,7 @@ def off_policy(seq, threshold):
     """Whether each token's policy term is dropped: against its advantage and too far from what sampled it."""
     recorded = [t.old.v if t.sampler is None else t.sampler for t in seq]
     drift = math.fsum(q - t.logp.v for q, t in zip(recorded, seq, strict=True)) / max(len(seq), 1)
-    return [t.adv < 0 and drift > threshold for t in seq]
+    return [t.adv < 0 and drift > threshold + slack(threshold) for t in seq]
 
 
 # Surrogates: one token's term, to minimise.
@@ -283,8 +289,8 @@ def probability(logp):
 
 def dppo(t, cfg):
     moved = probability(t.logp.v) - probability(t.old.v)
-    too_far_up = t.adv > 0 and cfg.clip_high is not None and moved > cfg.clip_high
-    too_far_down = t.adv < 0 and cfg.clip_low is not None and moved < -cfg.clip_low
+    too_far_up = t.adv > 0 and cfg.clip_high is not None and moved > cfg.clip_high + slack(cfg.clip_high)
+    too_far_down = t.adv < 0 and cfg.clip_low is not None and moved < -cfg.clip_low - slack(cfg.clip_low)
     keep = 0.0 if too_far_up or too_far_down else 1.0
     return -keep * min(t.ratio.v, 20.0) * t.adv * t.logp
 
@@ -314,7 +320,13 @@ LEVELS = {"ppo_clip": ("token", "sequence", "sequence_token"), "cispo": ("token"
 def covariances(tokens):
     adv = math.fsum(t.adv for t in tokens) / max(len(tokens), 1)
     logp = math.fsum(t.logp.v for t in tokens) / max(len(tokens), 1)
-    return [(t.adv - adv) * (t.logp.v - logp) for t in tokens]
+    return [eleven_bits((t.adv - adv) * (t.logp.v - logp)) for t in tokens]
+
+
+def eleven_bits(x):
+    """x rounded to eleven significant bits, half to even."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 2**11), exponent - 11)
 
 
 def cov_count(share, tokens):
@@ -356,8 +368,9 @@ def policy_terms(tokens, seqs, cfg, draws):
         for t, x, out in zip(seq, w, gone, strict=True):
             factor[index[t.place]] = 0.0 if out else x
     if cfg.entropy_top < 1.0 and tokens:
-        threshold = np.quantile([t.entropy.v for t in tokens], 1.0 - cfg.entropy_top)
-        factor = [f if t.entropy.v >= threshold else 0.0 for f, t in zip(factor, tokens, strict=True)]
+        entropy = [round(t.entropy.v * 4096) / 4096 for t in tokens]
+        threshold = np.quantile(entropy, 1.0 - cfg.entropy_top)
+        factor = [f if h >= threshold else 0.0 for f, h in zip(factor, entropy, strict=True)]
     return [term * f if f else Dual(0.0) for term, f in zip(terms, factor, strict=True)]
 
 

@@ -3,6 +3,7 @@
 The sick runs are real ones on the tiny model; the numbers from which a check speaks are tested on steps made up.
 """
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from grpo_jax.callbacks.early_stopping import EarlyStopping
 from grpo_jax.callbacks.environment import Environment
 from grpo_jax.callbacks.health import CHECKS, Health
 from grpo_jax.config import StopConfig, TrainConfig
-from grpo_jax.rundir import ENVIRONMENT
+from grpo_jax.rundir import ENVIRONMENT, WARNINGS
 from grpo_jax.testing import tiny_checkpoint, tiny_tokenizer
 from grpo_jax.types import Rollout
 
@@ -43,12 +44,14 @@ def step(
     return Step(number, {"step": number, **row, **stds, **metrics}, [], rollout, scored)
 
 
-def heard(steps: list[Step], history: tuple = (), functions: int = 1, **tables: Any) -> list[str]:
-    """What a run of these steps is told."""
+def heard(
+    steps: list[Step], history: tuple = (), functions: int = 1, most: int | None = None, **tables: Any
+) -> list[str]:
+    """What a run of these steps is told, of a model that has positions for ``most`` new tokens."""
     config, said = TrainConfig.from_tables(tables), list[str]()
     health = Health(config, said.append)
     names = tuple(f"f{i}" for i in range(functions))
-    health.on_start(Run(config, None, TOKENIZER, names, history=history))
+    health.on_start(Run(config, None, TOKENIZER, names, history=history, most_new_tokens=most))
     for each in steps:
         health.on_step(each)
     return said
@@ -76,7 +79,7 @@ def test_ordinary_steps_say_nothing():
 def test_groups_without_spread_are_said_with_the_split(value, said):
     warnings = heard([step(i, constant(value)) for i in range(1, 9)])
     assert len(warnings) == 1
-    for part in ("health: 100% of the groups", "rollout.num_samples", "algorithm.dynamic_sampling", *said):
+    for part in ("health (no_spread): 100% of the groups", "rollout.num_samples", "algorithm.dynamic_sampling", *said):
         assert part in warnings[0]
 
 
@@ -127,8 +130,28 @@ def test_completions_cut_at_the_limit_are_said_with_a_length():
     assert "75% of the completions of the last 5 steps were cut at rollout.max_new_tokens = 10" in warning
     # 8 tokens a completion, a quarter of the completions end: one end in 32 tokens; ln 20 of these are 96, in 64s 128
     assert "128 tokens would let 95% end" in warning
+    (warning,) = heard(steps, rollout={"max_new_tokens": T}, most=32)  # and 1 - 1/e in 32 tokens
+    assert "32 tokens would let 63% end" in warning and "128" not in warning
+    (warning,) = heard(steps, rollout={"max_new_tokens": T}, most=T)
+    assert "The model has no positions for more; shorten the prompts" in warning and "would let" not in warning
     half = np.arange(Q * G) % 2 == 0
     assert heard([step(i, lengths=np.where(half, 2, T), stopped=half) for i in range(7)]) == []
+
+
+def test_a_resumed_run_does_not_say_again_what_its_record_holds(tmp_path):
+    def said(start: int, rows: list) -> list[str]:
+        (tmp_path / WARNINGS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        warned: list[str] = []
+        health = Health(TrainConfig(), warned.append)
+        health.on_start(Run(TrainConfig(), tmp_path, TOKENIZER, ("f0",), start))
+        for i in range(3):
+            health.on_step(step(start + i + 1, constant(0.0)))
+        return warned
+
+    (line,) = said(0, [])
+    assert line.startswith("health (no_spread): ")
+    assert said(3, [{"step": 3, "text": line}]) == []
+    assert said(3, [{"step": 4, "text": line}]) == said(3, [{"step": 3, "text": "health (cut): "}]) == [line]
 
 
 def test_entropy_that_collapses_is_said_unless_the_task_is_solved():
@@ -300,3 +323,17 @@ def test_a_real_run_ends_early_and_saves_what_it_has(checkpoint, tmp_path):
 def test_early_stopping_on_a_figure_that_is_not_there_names_the_nearest():
     with pytest.raises(ValueError, match=r"eval.stop.metric: got 'eval/acuracy', .* did you mean eval/accuracy\?"):
         EarlyStopping(StopConfig(metric="eval/acuracy", patience=1)).on_eval(Evaluation(0, {"eval/accuracy": 0.5}))
+
+
+def test_what_was_warned_of_before_a_run_was_resumed_is_not_said_again():
+    said, config, sick = list[str](), TrainConfig(), [step(i, stopped=False) for i in range(8)]
+    health = Health(config, said.append)
+    health.on_start(Run(config, None, TOKENIZER, ("f0",)))
+    for each in sick[:4]:
+        health.on_step(each)
+    assert len(said) == 1 and health.state() == ["never_stops"]
+    again = Health(config, said.append)
+    again.on_start(Run(config, None, TOKENIZER, ("f0",), 4, states={"Health": health.state()}))
+    for each in sick[4:]:
+        again.on_step(each)
+    assert len(said) == 1

@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax import rundir
 from grpo_jax.callbacks.report import SHARE, Report, write_report
+from grpo_jax.callbacks.report import completions as completions_module
 from grpo_jax.callbacks.report import page as page_module
 from grpo_jax.callbacks.report.__main__ import main
 from grpo_jax.callbacks.report.panels import MOST_POINTS, charts
@@ -261,11 +262,11 @@ def test_warnings_are_kept_over_a_resume_and_a_stopped_run_says_so(tmp_path):
     directory = write_run(tmp_path / "run", steps=2)
     first = Report(directory)
     first.on_warning("before the start")
-    first.on_start(run_of(directory))
-    first.on_step(step_of(1))
-    first.on_warning("in step 1")
-    first.on_step(step_of(2))
-    first.on_warning("in step 2")
+    first.on_start(run := run_of(directory))
+    for number in (1, 2):
+        run.course.step = number
+        first.on_step(step_of(number))
+        first.on_warning(f"in step {number}")
     first.close()
     assert ["State", "stopped"] in unpack((directory / "report.html").read_text(), "run")["figures"]
     second = Report(directory)
@@ -315,3 +316,33 @@ def test_a_page_that_cannot_be_shown_says_so(browser, tmp_path):
     assert "cannot be shown" in said and browser.run("!$('failed').hidden")
     assert len(browser.errors) == 1
     browser.errors.clear()
+
+
+def test_of_a_long_run_the_page_holds_a_bounded_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(completions_module, "MOST", 20_000)
+    monkeypatch.setattr(completions_module, "BLOCK", 4_000)
+    directory = write_run(tmp_path / "run", steps=64)
+    page, kept = write_report(directory).read_text(), completions_module.Completions(directory / rundir.COMPLETIONS)
+    kept.read()
+    assert kept.every in (2, 4, 8, 16) and kept._packed + kept._size <= 20_000
+    assert sorted(set(kept.columns["step"])) == list(range(1, 65, kept.every))
+    assert len(kept) == 12 * len(set(kept.columns["step"])) and len(kept.blocks()) == len(kept.starts) > 1
+    assert unpack(page, "run")["index"] == {
+        "count": len(kept),
+        "columns": list(kept.columns),
+        "functions": list(NAMES),
+        "starts": kept.starts,
+        "every": kept.every,
+    }
+    whole = kept.blocks(), kept.index()
+    kept.read()
+    assert (kept.blocks(), kept.index()) == whole
+
+
+def test_a_warning_has_the_step_that_it_is_about(tmp_path):
+    report, run = Report(tmp_path), run_of(tmp_path)
+    report.on_start(run)
+    run.course.step = 3
+    report.on_warning("before the step is told of")
+    assert read_json_lines(tmp_path / rundir.WARNINGS) == [{"step": 3, "text": "before the step is told of"}]
+    assert run_of(tmp_path, start=5).course.step == 5

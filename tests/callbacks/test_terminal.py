@@ -140,3 +140,15 @@ def test_an_evaluation_of_several_sets_names_each():
     }
     line = evaluation_line(Evaluation(5, row), 4)
     assert line == "held-out after step 5: easy greedy 50.0%, avg@4 40.0%; hard greedy 10.0%"
+
+
+def test_what_was_not_scored_is_said(tmp_path):
+    row = {"step": 5, "eval/accuracy": float("nan"), "eval/unscored": 8}
+    assert evaluation_line(Evaluation(5, row), 0) == "held-out after step 5: greedy none scored; 8 not scored"
+    out = io.StringIO()
+    terminal = Terminal(config_for(tmp_path), Console(file=out))
+    terminal.on_start(run_of(tmp_path))
+    counts = {"training": {"judge": 3, "form": 0}, "held_out": 8}
+    terminal.on_end(SUMMARY | {"accuracy_last": None, "unscored": counts})
+    end = "held-out accuracy 10.0% -> none scored, best 60.0%; not scored: 3 by 'judge', 8 of the last evaluation; "
+    assert end in out.getvalue()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_cases import LLAMA3, config, random_model, random_tokens
+from model_cases import FAMILY_CASES, LLAMA3, config, random_model, random_tokens
 
 from grpo_jax.models import Model, ModelSpec
 from grpo_jax.models.families import FAMILIES
@@ -123,6 +123,19 @@ REFUSED = {
         {"num_local_experts": 2, "num_experts": 3},
         ["num_local_experts", "num_experts"],
     ),
+    "attention to all, in a family that has no field for it": ("llama", {"is_causal": False}, ["is_causal", "False"]),
+    "no word on what attention sees": ("qwen3", {"is_causal": None}, ["is_causal", "None"]),
+    "windows from no layer on": (
+        "qwen2",
+        {"use_sliding_window": True, "max_window_layers": None},
+        ["max_window_layers", "None"],
+    ),
+    "mistral's windows without a size": (
+        "mistral",
+        {"sliding_window": None, "layer_types": ["sliding_attention"] * 3},
+        ["sliding_window", "None"],
+    ),
+    "size of thirty digits": ("llama", {"vocab_size": 10**30}, ["vocab_size", "above 2147483647"]),
     "attention to what follows": ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
     "one rotary for gemma3": ("gemma3_text", {}, ["rope_parameters", "sliding_attention"]),
     "longrope without its factors": (
@@ -168,6 +181,32 @@ def test_windows_are_read_by_layer():
     by_type = ModelSpec.from_hf(config(use_sliding_window=True, sliding_window=8, layer_types=types))
     assert [layer.window for layer in by_type.layers] == [8, None, 8]
     assert ModelSpec.from_hf(config(use_sliding_window=True, max_window_layers=0)).layers[0].window == 4096
+
+
+def test_mistral_with_layer_types_has_the_windows_of_each():
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    spec = ModelSpec.from_hf(config("mistral", sliding_window=8, layer_types=types))
+    assert [layer.window for layer in spec.layers] == [8, None, 8]
+    assert ModelSpec.from_hf(config(max_window_layers=None)) == ModelSpec.from_hf(config())
+
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+ODD = [None, True, "x", [], [[1]], {}, {"full_attention": 5}, {"rope_type": ["x"]}, 10**30, -(10**30), 10**400, 0, 0.5]
+ODD += [1e308, DEEP, {"rope_type": "longrope", "short_factor": [[1]]}]
+OLDER = ("rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types", "no_rope_layers", "mlp_only_layers")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_a_field_holds_is_read_or_refused_by_name(family):
+    windows = {"use_sliding_window": True, "sliding_window": 4}
+    base = config(**next((c for c in FAMILY_CASES.values() if c["model_type"] == family), {"model_type": family}))
+    names = {*base, *windows, *OLDER, *FAMILIES[family].defaults, "original_max_position_embeddings"}
+    for name in names - {"model_type"}:
+        for value in ODD:
+            try:
+                ModelSpec.from_hf(base | windows | {name: value})
+            except ValueError as error:
+                assert len(str(error)) < 400 and "\n" not in str(error)
 
 
 def test_older_spellings_of_other_families():

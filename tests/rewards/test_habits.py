@@ -12,6 +12,7 @@ import pytest
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.rewards import REWARDS, RewardPool, TrainerState
+from grpo_jax.rewards.lookup import bind
 from grpo_jax.rewards.state import MOST_LOGGED
 from grpo_jax.scoring import Scorer
 from grpo_jax.types import Prompt, Rollout
@@ -89,6 +90,14 @@ def test_options_are_bound_and_win_over_columns(way):
         pool.check_columns([])
     np.testing.assert_array_equal(scores.rewards, [[1, 0], [0, 3]])
     assert scores.names == ("takes_options", "takes_options_2")
+
+
+def test_a_text_of_digits_is_text_where_text_is_taken():
+    assert bind(REWARDS["regex"], {"pattern": 42}, "regex")(["?"] * 2, ["42", "4"], [[]] * 2) == [1.0, 0.0]
+    assert bind(REWARDS["regex"], {"pattern": True}, "regex")(["?"], ["it is true"], [[]]) == [1.0]
+    with pytest.raises(ValueError, match=r"reward.options.regex.pattern: got 1.5, a number whose .* put it in quotes"):
+        bind(REWARDS["regex"], {"pattern": 1.5}, "regex")
+    assert bind(lambda completions, size: size, {"size": 42}, "own")([]) == 42
 
 
 def test_a_column_is_no_option_of_a_builtin():

@@ -98,7 +98,7 @@ def test_one_row_that_kills_the_process_loses_only_itself(obey, order):
     wanted[0, place] = np.nan
     np.testing.assert_array_equal(scores.rewards, wanted)
     assert scores.crash_counts == (1,) and scores.timeout_counts == (0,)
-    assert scores.warnings == (f"reward 'obey', row {place}: its process {DIED[order]}, counted as None",)
+    assert scores.warnings == (f"reward 'obey', row {place}: its process {DIED[order]}, not scored",)
 
 
 def test_several_hostile_rows(obey):
@@ -127,7 +127,7 @@ def test_when_all_rows_are_hostile_the_time_is_bounded(rows, order):
         np.testing.assert_array_equal(score(pool, ["abcd"]).rewards, [[4.0]])
 
 
-def test_a_function_too_slow_for_the_batch_is_tried_in_halves():
+def test_a_function_too_slow_for_many_rows_is_asked_row_by_row():
     with RewardPool([f"{HOSTILE}:slow_for_many"], timeout_seconds=PATIENCE) as pool:
         scores = score(pool, ["a"] * 14)
     np.testing.assert_array_equal(scores.rewards, np.ones((1, 14)))
@@ -178,7 +178,7 @@ PARENT = """
 import os, sys, threading
 from grpo_jax.rewards import RewardPool
 pool = RewardPool([{spec!r}, {spec!r}], timeout_seconds=600.0)
-pids = [worker.pid for worker in pool._workers.values()]
+pids = [worker.pid for each in pool._workers.values() for worker in each.all]
 if {busy}:
     threading.Thread(target=pool.score, args=(["a"], ["regex"], [[1]], {{}}), daemon=True).start()
 print(*pids, flush=True)
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_scoring_and_leaves_no_worker(tmp_path):
         import sys
         from grpo_jax.rewards import RewardPool
         with RewardPool([sys.argv[1]], timeout_seconds=600.0) as pool:
-            print(pool._workers[0].pid, flush=True)
+            print(pool._workers[0].all[0].pid, flush=True)
             pool.score(["a"], ["spin"], [[1]], {})
         """
     )

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.rewards import REWARDS, RewardPool, TrainerState
-from grpo_jax.rewards.call import RewardProblem, checked
+from grpo_jax.rewards.call import Batch, RewardProblem, checked
 
 from . import hostile
 
@@ -96,7 +96,7 @@ def test_an_exception_names_the_row_the_message_and_the_place(way, bad, capfd):
     line = inspect.getsourcelines(hostile.divides)[1] + 1
     assert str(caught.value) == (
         f"reward 'divides', row {bad}: raised ZeroDivisionError: float division by zero ({HOSTILE}, line {line}) "
-        "on completion '123'; repair it, or return None for what it cannot judge"
+        "with completion '123' at hand; repair it, or return None for what it cannot judge"
     )
     assert capfd.readouterr().err == ""  # the traceback is for those who look at the cause
     trace = "".join(traceback.format_exception(caught.value))
@@ -119,18 +119,33 @@ def test_keyboard_interrupt_is_a_problem_there_and_the_users_here():
         score(pool, "a", how=["interrupt"])
 
 
-def test_an_error_that_no_row_repeats_names_no_row():
+def test_what_raised_is_not_asked_again():
     calls = []
 
-    def once(completions, **columns):
+    def asks(completions, **columns):
         calls.append(len(completions))
-        if len(calls) == 1:
-            raise RuntimeError("only once")
+        texts = [completion[0]["content"] for completion in completions]
+        for text in texts:
+            if text == "bad":
+                raise RuntimeError("no money left")
         return [0.0] * len(completions)
 
-    with RewardPool([once]) as pool, pytest.raises(ValueError, match="reward 'once': raised RuntimeError: only once"):
-        score(pool, ["a"] * 64)
-    assert sum(calls) <= 2 * 64
+    said = [[{"role": "assistant", "content": text}] for text in ["good", "bad", *["text"] * 60]]
+    with RewardPool([asks]) as pool, pytest.raises(ValueError) as caught:
+        score(pool, said)
+    assert calls == [62]
+    assert str(caught.value).startswith("reward 'asks', row 1: raised RuntimeError: no money left (")
+    assert "with completion 'bad' at hand; repair" in str(caught.value)
+
+
+def test_an_error_about_no_single_row_names_none():
+    def fails(completions, **columns):
+        pairs = list(zip(completions, completions[1:], strict=False))
+        first, second = pairs[0]
+        return [len(first) / (len(second) - len(second))]
+
+    with RewardPool([fails]) as pool, pytest.raises(ValueError, match="reward 'fails': raised ZeroDivisionError"):
+        score(pool, ["one", "two", "three"])
 
 
 def test_arguments_arrive_by_keyword_as_they_were():
@@ -180,6 +195,22 @@ def test_silence_is_nan():
     with RewardPool([first, second]) as pool:
         rewards = score(pool, "abcd").rewards
     np.testing.assert_array_equal(rewards, [[1.0, np.nan, 3.0, np.nan], [0.5, 0.25, np.nan, np.nan]])
+
+
+def test_only_those_that_are_wanted_are_asked():
+    calls = []
+
+    def costs(completions, **columns):
+        calls.append(len(completions))
+        return [1.0] * len(completions)
+
+    texts = ["3", "4"]
+    with RewardPool(["exact_match", costs], stream=["costs"]) as pool:
+        for only in ((0,), None):
+            with pool.begin(only) as scoring:
+                rewards = scoring.finish(Batch(texts, texts, [[1], [1]], {"answer": ["3", "3"]})).rewards
+            np.testing.assert_array_equal(rewards, [[1, 0], [1, 1] if only is None else [np.nan, np.nan]])
+            assert calls == ([2] if only is None else [])
 
 
 def test_names_are_unique():
@@ -281,7 +312,7 @@ def test_inside_a_running_event_loop():
     async def notebook_cell():
         with RewardPool([reward("worker", "waits"), reward("here", "waits"), Judge(), fails]) as pool:
             scores = score(pool, ["a", "bcd"])
-            with pytest.raises(ValueError, match="reward 'fails', row 1: raised ZeroDivisionError"):
+            with pytest.raises(ValueError, match="reward 'fails': raised ZeroDivisionError"):
                 score(pool, ["a", ""])
         return scores.rewards
 

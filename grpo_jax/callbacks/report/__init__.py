@@ -13,7 +13,7 @@ from typing import Any
 from grpo_jax import rundir
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
 from grpo_jax.callbacks.report.completions import Completions
-from grpo_jax.callbacks.report.page import WARNINGS, describe, write_page
+from grpo_jax.callbacks.report.page import describe, write_page
 from grpo_jax.metrics import JsonLines
 
 SHARE = 0.01
@@ -43,22 +43,21 @@ class Report(Callback):
     def __init__(self, directory: Path):
         """Args: the run's directory."""
         self._directory, self._completions = directory, Completions(directory / rundir.COMPLETIONS)
-        self._step, self._due, self._state = 0, 0.0, "running"
+        self._due, self._state = 0.0, "running"
         self._started = False
         self._warnings: JsonLines | None = None
         self._early: list[str] = []
 
     def on_start(self, run: Run) -> None:
         """Go on with the warnings of the run's earlier part."""
-        self._step, self._started = run.start, True
-        if (self._directory / WARNINGS).exists():
-            self._warnings = JsonLines(self._directory / WARNINGS, run.start + 1 if run.start else None)
+        self._course, self._started = run.course, True
+        if (self._directory / rundir.WARNINGS).exists():
+            self._warnings = JsonLines(self._directory / rundir.WARNINGS, run.start + 1 if run.start else None)
         for text in self._early:
             self.on_warning(text)
 
     def on_step(self, step: Step) -> None:
         """Write when it is time."""
-        self._step = step.step
         self._write_when_due()
 
     def on_eval(self, evaluation: Evaluation) -> None:
@@ -71,8 +70,8 @@ class Report(Callback):
             self._early.append(text)
             return
         if self._warnings is None:
-            self._warnings = JsonLines(self._directory / WARNINGS)
-        self._warnings.write({"step": self._step, "text": text})
+            self._warnings = JsonLines(self._directory / rundir.WARNINGS)
+        self._warnings.write({"step": self._course.step, "text": text})
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The last version."""

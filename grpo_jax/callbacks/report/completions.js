@@ -61,6 +61,7 @@ function bindTools() {
 }
 
 function showStep(step) {
+  step -= (step - 1) % index.every; // the nearest before it that is here
   for (const id of ["from", "to"]) {
     $(id).value = step;
     $(id).dispatchEvent(new Event("input"));
@@ -105,7 +106,9 @@ function select() {
     return sign * (x - y) || a - b;
   });
   const what = view.unit === "groups" ? `${units.length.toLocaleString("en")} groups, ` : "";
-  $("count").textContent = `${what}${rows.length.toLocaleString("en")} of ${index.count.toLocaleString("en")} completions`;
+  const sample = index.every > 1 ? `, of one step in ${index.every}: completions.jsonl holds all` : "";
+  $("count").textContent =
+    `${what}${rows.length.toLocaleString("en")} of ${index.count.toLocaleString("en")} completions${sample}`;
   $("direction").textContent = view.down ? "↓" : "↑";
   $("all-prompts").hidden = view.prompt === null;
   show();

@@ -3,14 +3,20 @@
 import base64
 import gzip
 import json
+import re
 from array import array
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.metrics import prompt_text
+from grpo_jax.metrics import parse_line, prompt_text
 
 BLOCK = 400_000
 """Characters of text after which a block is closed: small enough to open at once, large enough to compress well."""
+MOST = 24_000_000
+"""Characters that all packed blocks and the text of the open one may have together: what the page and this process hold
+of a run's completions, however long it is. Twice as many steps are left out where it is more."""
+STEP = re.compile(rb'\{"step": (\d{1,18}),')
+"""How a line begins that the run itself wrote."""
 OWN = ("step", "group", "sample", "prompt", "reward", "advantage", "length", "cut")
 """Columns every completion has; ``prompt`` numbers the different prompts of the run."""
 
@@ -32,34 +38,54 @@ class Completions:
         columns: float32 values of every completion by name; NaN where there is none.
         functions: names of the reward functions; their columns are called "rewards/<name>".
         starts: first completion of each block.
+        every: steps 1, 1 + every, 1 + 2 every ... are here, 1 for all of them.
     """
 
     def __init__(self, path: Path):
         """Args: the file, which need not be there yet."""
-        self._path, self._offset = path, 0
+        self._path, self.every = path, 1
+        self._clear()
+
+    def _clear(self) -> None:
+        self._offset = 0
         self.columns = {name: array("f") for name in OWN}
         self.functions: list[str] = []
         self.starts: list[int] = []
         self._blocks: list[str] = []
         self._prompts: dict[str, int] = {}
         self._open: list[dict[str, Any]] = []
-        self._size = 0
+        self._size, self._packed = 0, 0
 
     def __len__(self) -> int:
         """Completions so far."""
         return len(self.columns["step"])
 
     def read(self) -> None:
-        """Take the lines that were added since the last call; one that is not finished is left for the next."""
+        """Take the lines that were added since the last call; one that is not finished is left for the next.
+
+        Where they are more than `MOST`, begin again with every second of the steps so far.
+        """
+        while not self._take():
+            self.every *= 2
+            self._clear()
+
+    def _take(self) -> bool:
+        """Whether what there is fits; otherwise it stops there."""
         if not self._path.exists():
-            return
+            return True
         with self._path.open("rb") as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                self._add(json.loads(line))
+                begin = STEP.match(line)  # to read all of a line that is left out costs too much
+                row = None if begin and (int(begin[1]) - 1) % self.every else parse_line(line)
+                if row is not None and (row["step"] - 1) % self.every == 0:
+                    self._add(row)
+                    if self._packed + self._size > MOST and row["step"] > 1:  # the first step is always shown
+                        return False
+        return True
 
     def blocks(self) -> list[str]:
         """Every block, packed; the last one is still growing."""
@@ -79,6 +105,7 @@ class Completions:
         group = (row["step"], row["group"])
         if self._size > BLOCK and group != (self._open[-1]["step"], self._open[-1]["group"]):
             self._blocks.append(_packed(self._open))
+            self._packed += len(self._blocks[-1])
             self._open, self._size = [], 0
         if not self._open:
             self.starts.append(len(self))

@@ -21,7 +21,7 @@ from grpo_jax.callbacks.report.panels import charts
 from grpo_jax.config import read_toml
 from grpo_jax.metrics import read_json_lines
 
-NAME, WARNINGS = "report.html", "warnings.jsonl"
+NAME = "report.html"
 FOLDER = Path(__file__).parent
 SCRIPTS = ("page.js", "curves.js", "completions.js")
 
@@ -30,7 +30,7 @@ def describe(directory: Path, state: str) -> dict[str, Any]:
     """All the page shows of a run but its completions, from the run's files; ``state`` says how far it is."""
     rows = read_json_lines(directory / rundir.METRICS)
     config = directory / rundir.CONFIG
-    warnings = directory / WARNINGS
+    warnings = directory / rundir.WARNINGS
     return {
         "name": directory.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -75,6 +75,7 @@ def write_page(directory: Path, run: dict[str, Any], completions: Completions) -
         "columns": list(completions.columns),
         "functions": completions.functions,
         "starts": completions.starts,
+        "every": completions.every,
     }
     blobs = {"run": pack_json(run | {"index": index}), "index": completions.index(), "plotly": plotly()}
     blobs |= {f"block-{i}": block for i, block in enumerate(blocks)}

@@ -5,14 +5,12 @@ import os
 import socket
 from pathlib import Path
 
-from grpo_jax.callbacks import Callback
-
 LOCK = ".lock"
 """File that the process holds while it runs; the system lets go of it when the process ends, however it ends."""
 
 
-class Lock(Callback):
-    """Holds the run directory from before its files are opened until they are closed."""
+class Lock:
+    """Holds the run directory from before anything in it is written until its files are closed."""
 
     def __init__(self, directory: Path):
         """Take hold.
