@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -97,14 +98,15 @@ def test_shards_keep_to_their_size_and_are_all_listed(tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3 and files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    total = 0
+    sizes = []
     for file in files:
         held = load_file(tmp_path / "out" / file)
         size = sum(value.nbytes for value in held.values())
         assert size <= 9_000 or len(held) == 1
         assert {name for name, where in index["weight_map"].items() if where == file} == set(held)
-        total += size
-    assert index["metadata"]["total_size"] == total
+        sizes.append(size)
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert all(one + next_one > 9_000 for one, next_one in pairwise(sizes))  # none is left half empty
 
 
 def test_each_tensor_keeps_its_own_dtype(tmp_path):
