@@ -84,7 +84,8 @@ def stopping(prompts, completions, completion_ids, **columns):
     for number in range(signals):
         while number and not Path("asked").exists():
             time.sleep(0.01)
-        os.kill(os.getppid(), signal.SIGINT)
+        keeper = Path(f"/proc/{os.getppid()}/stat").read_text()  # of this process; the run started it
+        os.kill(int(keeper.rpartition(")")[2].split()[1]), signal.SIGINT)
     if signals > 1:
         time.sleep(60)
     return length(prompts, completions, completion_ids)

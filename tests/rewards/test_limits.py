@@ -169,7 +169,7 @@ def test_an_error_here_does_not_wait_for_a_worker_there():
             score(pool, ["spin"])
         assert time.monotonic() - begun < 600  # the worker's limit
     with RewardPool([f"{HOSTILE}:obey"], timeout_seconds=600.0) as pool:
-        pid = pool._workers[0].pid
+        pid = pool._workers[0].all[0].pid
         threading.Thread(target=lambda: busy_soon(pid) and pool.close()).start()
         assert score(pool, ["spin"]).crash_counts == (1,)
 
