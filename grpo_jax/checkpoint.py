@@ -49,8 +49,8 @@ class Found:
         ]
         if not self.verified:
             lines.append(
-                f"the checkpoint of step {self.step} {manifest.ABSENT}, as older versions wrote none: it is taken, and "
-                "nobody knows whether its files are whole"
+                f"the checkpoint of step {self.step} {manifest.ABSENT} (an older version wrote it, or the run was "
+                "killed at that moment): as no other is there it is taken, and nobody knows whether its files are whole"
             )
         return lines
 

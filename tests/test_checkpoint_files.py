@@ -123,7 +123,7 @@ def test_a_checkpoint_of_an_older_version_is_unverified_and_says_so(tmp_path):
         (tmp_path / name / manifest.MANIFEST).unlink()
     found = store.newest_sound()
     assert (found.step, found.verified, dict(found.passed_over)) == (4, False, {})
-    assert "step 4 has no manifest.json, as older versions wrote none" in found.lines()[0]
+    assert "step 4 has no manifest.json (an older version wrote it, " in found.lines()[0]
     assert "has no manifest.json, as older versions wrote none" in store.check_reference()[0]
     store.save(6, state_of(6), {})
     store.wait()
