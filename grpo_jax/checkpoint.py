@@ -115,8 +115,12 @@ class CheckpointStore:
     def tidy(self) -> None:
         """Remove what an earlier process of the run had not finished writing or deleting."""
         if is_first():
-            for place in (self._root, self._reference.parent):
-                for left in (*place.glob("*.orbax-checkpoint-tmp*"), *place.glob(f"*{DELETED}*")):
+            for pattern in (".orbax-checkpoint-tmp*", f"{DELETED}*"):
+                own = (
+                    *self._root.glob(f"*{pattern}"),
+                    *self._reference.parent.glob(f"{self._reference.name}{pattern}"),
+                )
+                for left in own:
                     shutil.rmtree(left, ignore_errors=True)
         wait_for_all("checkpoints tidied")
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform as this_machine
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from jax._src import xla_bridge  # whether jax has started is said nowhere publi
 
 from grpo_jax.batching import Layout
 from grpo_jax.config import TrainConfig
+from grpo_jax.data import PromptSet, PromptStream
 from grpo_jax.models import Model
+from grpo_jax.rewards import RewardPool
 from grpo_jax.rollout.setup import decoder, token_bytes
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "transformers", "numpy")
@@ -104,6 +107,26 @@ def check_model(config: TrainConfig, model: Model, longest: int, prompt_len: int
             f"model.router_coef: got {config.model.router_coef}, and the model is no mixture of experts, so that there "
             "is no load to balance. Leave it out."
         )
+
+
+def check_prompts(prompts: Sequence[PromptStream | PromptSet], model: Model, pool: RewardPool | None) -> None:
+    """Refuse prompts that the model cannot read, and columns that the reward functions cannot get.
+
+    Args:
+        prompts: all that are sampled from.
+        model: as it was loaded.
+        pool: the reward functions, on the process that asks them.
+
+    Raises:
+        ValueError: a token or a column, by its row.
+    """
+    for each in prompts:
+        for part in each.sets if isinstance(each, PromptStream) else (each,):
+            part.check_tokens(model.spec.vocab)
+            if pool is not None and pool.remote:
+                part.check_columns_travel()
+        if pool is not None:
+            pool.check_columns(each.columns)
 
 
 def memory(model: Model, config: TrainConfig, layout: Layout, prompt_len: int) -> dict[str, int]:

@@ -22,6 +22,9 @@ from grpo_jax.manifest import MANIFEST
 
 CONFIG, SUMMARY, METRICS, COMPLETIONS = "config.toml", "summary.json", "metrics.jsonl", "completions.jsonl"
 CHECKPOINTS, ENVIRONMENT, DECIDED, WARNINGS = "checkpoints", "environment.json", "decided.json", "warnings.jsonl"
+BEGAN = "began.json"
+EPOCH = datetime.datetime(2000, 1, 1)
+"""From which times are counted, so that they are numbers of 32 bits."""
 UNRECORDED = frozenset(
     {"output_dir", "compilation_cache", "mesh.coordinator", "mesh.process_id", "mesh.platform"}
     | {f"log.{name}" for name in LogConfig.model_fields}
@@ -165,7 +168,7 @@ def _changed(recorded: TrainConfig, asked: TrainConfig) -> dict[str, str]:
 
 def _put_aside(directory: Path) -> Path | None:
     """Leave nothing of a start that had come to no checkpoint; where its record is kept, None where it had none."""
-    own = [directory / name for name in (METRICS, COMPLETIONS, WARNINGS, DECIDED, ENVIRONMENT, SUMMARY)]
+    own = [directory / name for name in (METRICS, COMPLETIONS, WARNINGS, DECIDED, BEGAN, ENVIRONMENT, SUMMARY)]
     if not own[0].is_file() or not own[0].stat().st_size:
         for file in own:
             file.unlink(missing_ok=True)
@@ -230,6 +233,42 @@ def decided(directory: Path, found: Mapping[str, int]) -> dict[str, int]:
         return past
     write_json(file, dict(found))
     return dict(found)
+
+
+def time_of_start(directory: Path) -> int:
+    """When the run began, by its machine's clock, in seconds since 2000: now, where it has not; see `moment`.
+
+    Raises:
+        ValueError: what was written down is damaged.
+    """
+    began = recorded_start(directory) if (directory / METRICS).exists() else None
+    if began is None:
+        began = datetime.datetime.now().replace(microsecond=0)
+        write_json(directory / BEGAN, {"time": began.isoformat()})
+    return int((began - EPOCH).total_seconds())
+
+
+def recorded_start(directory: Path) -> datetime.datetime | None:
+    """What `time_of_start` wrote down; None where it did not.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = directory / BEGAN
+    if not file.is_file():
+        return None
+    try:
+        return datetime.datetime.fromisoformat(_json_of(file)["time"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"output_dir: {file} is damaged, so nobody knows which date the run's chat template was told; delete it, "
+            "and that is today's from here on"
+        ) from error
+
+
+def moment(seconds: int) -> datetime.datetime:
+    """The time that `time_of_start` gave as a number."""
+    return EPOCH + datetime.timedelta(seconds=seconds)
 
 
 def note_environment(directory: Path, step: int, found: Mapping[str, str]) -> list[str]:

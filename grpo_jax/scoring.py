@@ -17,7 +17,27 @@ from grpo_jax.functions import load_function
 from grpo_jax.mesh import from_first
 from grpo_jax.rewards import RewardPool, TrainerState
 from grpo_jax.rewards.call import Batch
+from grpo_jax.rewards.lookup import Reward
 from grpo_jax.types import Prompt, Rollout
+
+
+def pool_from(config: TrainConfig, functions: Sequence[str | Reward]) -> RewardPool:
+    """The reward functions of a run, as ``reward.*`` says.
+
+    Args:
+        config: of the run.
+        functions: those that ``reward.functions`` names, or objects in their place.
+    """
+    return RewardPool(
+        functions,
+        config.reward.timeout_seconds,
+        config.reward.memory_limit_mb,
+        config.reward.options,
+        TrainerState(max_steps=config.steps, max_completion_len=config.rollout.max_new_tokens),
+        config.reward.stream,
+        config.reward.workers,
+        config.reward.environment,
+    )
 
 
 @dataclass(frozen=True)

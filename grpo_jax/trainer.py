@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from grpo_jax.data import (
     describe,
     held_out_prompts,
     load_tokenizer,
+    read_template,
     resolve_model,
     stop_ids,
     training_prompts,
@@ -43,11 +45,19 @@ from grpo_jax.metrics import (
 )
 from grpo_jax.models import Model, View, load_model, save_hf
 from grpo_jax.peers import Peers
-from grpo_jax.preflight import be_deterministic, check_model, report, require_devices, room_for_cache, versions
-from grpo_jax.rewards import RewardPool, TrainerState
+from grpo_jax.preflight import (
+    be_deterministic,
+    check_model,
+    check_prompts,
+    report,
+    require_devices,
+    room_for_cache,
+    versions,
+)
+from grpo_jax.rewards import RewardPool
 from grpo_jax.rollout import engine_from, sampling_from
 from grpo_jax.rollout.setup import slots_for
-from grpo_jax.scoring import Scorer
+from grpo_jax.scoring import Scorer, pool_from
 from grpo_jax.types import Params
 
 PROMPT_MULTIPLE = 8
@@ -129,7 +139,7 @@ class Trainer:
             wait_for_all("run directory")
             directory = opened.directory if opened else Path(self.config.output_dir or "")
             compiles = parts.enter_context(CompileLog())
-            pool = parts.enter_context(_reward_pool(self.config, self._rewards)) if is_first() else None
+            pool = parts.enter_context(pool_from(self.config, self._rewards)) if is_first() else None
             watchers = parts.enter_context(Watchers(self.config, directory, self._callbacks))
             run = _Run(self.config, directory, pool, self._train, self._eval, watchers, compiles, begun, opened)
             parts.callback(run.close)
@@ -157,10 +167,13 @@ class _Run:
         self.source = resolve_model(config.model.path, config.model.revision)
         self.tokenizer = load_tokenizer(self.source)
         self.token_texts = TokenTexts(self.tokenizer)
-        prompts = training_prompts(config, self.tokenizer, train)
-        sets = held_out_prompts(config, self.tokenizer, held_out)
+        now = _time_of_start(directory)
+        self.template = read_template(config.data)  # as it is now: its file may change while the run goes on
+        prompts = training_prompts(config, self.tokenizer, train, now)
+        sets = held_out_prompts(config, self.tokenizer, held_out, now)
         self.model, params = _load(config, self.source)
         every: list[PromptStream | PromptSet] = [prompts, *sets.values()]
+        check_prompts(every, self.model, pool)
         longest = max(each.longest for each in every)
         prompt_len = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         check_model(config, self.model, longest, prompt_len)
@@ -173,9 +186,6 @@ class _Run:
         self.view: View | None = None
         scorer = Scorer(pool, self.tokenizer, stops, config)
         self.names = tuple(pool.names) if pool else config.reward.functions
-        if pool is not None:
-            for part in every:
-                pool.check_columns(part.columns)
         self.collector = Collector(prompts, engine, scorer, sampling, config, self.phases)
         self.evaluator = Evaluator(sets, engine, scorer, sampling, config, watchers.warn)
         self.facts = [*(opened.facts if opened else ()), report(self.model, config, layout, prompt_len)]
@@ -185,7 +195,7 @@ class _Run:
                 f"rollout.prompts_per_step: got {config.rollout.prompts_per_step} with {len(prompts)} prompts to draw "
                 "from, so a step holds some of them several times"
             )
-        self.facts += [*prompts.reports, *(each.report for each in sets.values() if each.report)]
+        self.facts += dict.fromkeys(said for each in every for said in each.reports)
         self.learning = Learning(config, self.model, params, layout, self.phases)
         self._start(inputs.digests(config, self.source, prompts, sets, stops))
 
@@ -303,7 +313,8 @@ class _Run:
         self.view = None
         with self.phases("export"):
             self.store.wait()
-            save_hf(self.model, self.learning.params, self.directory / "hf", source=self.source)
+            hf = self.directory / "hf"
+            save_hf(self.model, self.learning.params, hf, source=self.source, chat_template=self.template)
         if not is_first():
             return {}
         accuracy = self.record["accuracy"]
@@ -378,17 +389,10 @@ def _check_reward(model: Any, reward_funcs: Any, train_dataset: Any, config: Tra
         )
 
 
-def _reward_pool(config: TrainConfig, functions: Sequence[str | RewardFunction]) -> RewardPool:
-    return RewardPool(
-        functions,
-        config.reward.timeout_seconds,
-        config.reward.memory_limit_mb,
-        config.reward.options,
-        TrainerState(max_steps=config.steps, max_completion_len=config.rollout.max_new_tokens),
-        config.reward.stream,
-        config.reward.workers,
-        config.reward.environment,
-    )
+def _time_of_start(directory: Path) -> datetime:
+    """When the run began, whatever process asks and however often it went on: what chat templates are told."""
+    seconds = rundir.time_of_start(directory) if is_first() else 0
+    return rundir.moment(int(from_first(np.asarray(seconds, np.int32))))
 
 
 def _load(config: TrainConfig, source: Path) -> tuple[Model, Params]:

@@ -4,8 +4,8 @@
 
 RUN is the run's directory; K a step that it kept, by default the newest. DIR is by default RUN/hf-K. The tensors have
 the dtype of the model that the run started from, or --dtype; config.json, tokenizer, chat template and
-generation_config.json are copied from it. Adapters (model.lora) are merged into it, or with --peft written as a
-directory that the peft library loads.
+generation_config.json are copied from it, but for a chat template of the run's own (data.chat_template). Adapters
+(model.lora) are merged into it, or with --peft written as a directory that the peft library loads.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
-from grpo_jax.data import resolve_model
+from grpo_jax.data import read_template, resolve_model
 from grpo_jax.learner.learning import adapted
 from grpo_jax.manifest import ABSENT
 from grpo_jax.models import read_model, save_hf, save_peft
@@ -44,7 +44,8 @@ def export(
         for line in () if model.lora is None else store.check_reference():
             print(f"warning: {line}", file=sys.stderr)
         frozen = None if model.lora is None else store.restore_reference(model.base.abstract_params)
-        save_hf(model, model.joined(trained, frozen), target, source=source, dtype=dtype)
+        template = read_template(config.data)
+        save_hf(model, model.joined(trained, frozen), target, source=source, dtype=dtype, chat_template=template)
     store.close()
     return target
 

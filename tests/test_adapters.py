@@ -45,9 +45,9 @@ def _train(source, directory):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     base = tmp_path_factory.mktemp("adapters")
-    source, directory = tiny_checkpoint(base / "in"), base / "run"
+    source, directory = tiny_checkpoint(base / "in", num_hidden_layers=1), base / "run"
     _train(source, directory)
     return source, directory
 
@@ -101,7 +101,7 @@ def test_contract_9_a_run_goes_on_as_if_it_had_not_stopped(run, tmp_path):
     shutil.copytree(directory, again, ignore=shutil.ignore_patterns("hf", "2", "summary.json"))
     config = (again / "config.toml").read_text().replace(str(source), str(other))
     (again / "config.toml").write_text(config)
-    tiny_checkpoint(other, seed=9)
+    tiny_checkpoint(other, seed=9, num_hidden_layers=1)
     _train(other, again)
     ended = [grpo_jax.load_model(place / "hf")[1] for place in (directory, again)]
     jax.tree.map(np.testing.assert_array_equal, *ended)

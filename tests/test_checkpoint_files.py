@@ -173,9 +173,11 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_sound_checkpoint(tmp_path, monke
         store.save(3, state_of(3), {"step": 3})
         with pytest.raises(Killed):
             store.wait()
-    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    for name in ("checkpoints/4.orbax-checkpoint-tmp", "reference.deleted", "mine.deleted"):
+        (tmp_path / name).mkdir()
     store = CheckpointStore(tmp_path, 2)
     store.tidy()
+    assert {place.name for place in tmp_path.iterdir()} == {"checkpoints", "mine.deleted"}
     found = store.newest_sound()
     assert found.step == newest
     restored, record = store.restore(newest, state_of(0))

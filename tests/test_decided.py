@@ -1,6 +1,7 @@
 """What a run decides from its machine: once, and the same when it goes on elsewhere."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -52,6 +53,20 @@ def test_a_decision_is_kept_once_the_run_has_begun(tmp_path: Path):
     assert rundir.decided(tmp_path, {"rollout.slots": 9}) == {"rollout.slots": 5}
 
 
+def test_a_run_has_one_time_of_start(tmp_path: Path):
+    assert rundir.recorded_start(tmp_path) is None
+    now = rundir.moment(rundir.time_of_start(tmp_path))
+    assert 0 <= (datetime.now() - now).total_seconds() < 3600 and rundir.recorded_start(tmp_path) == now
+    rundir.write_json(tmp_path / rundir.BEGAN, {"time": "2025-01-02T03:04:05"})
+    assert rundir.moment(rundir.time_of_start(tmp_path)) >= now, "nothing was sampled yet"
+    rundir.write_json(tmp_path / rundir.BEGAN, {"time": "2025-01-02T03:04:05"})
+    (tmp_path / rundir.METRICS).touch()
+    assert rundir.moment(rundir.time_of_start(tmp_path)) == datetime(2025, 1, 2, 3, 4, 5)
+    (tmp_path / rundir.BEGAN).write_text("{")
+    with pytest.raises(ValueError, match="began.json is damaged, .*; delete it"):
+        rundir.time_of_start(tmp_path)
+
+
 def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path: Path):
     assert rundir.newest_checkpoint(tmp_path) is None
     for name in ("9", "10", "11.orbax-checkpoint-tmp"):
@@ -67,7 +82,7 @@ def test_what_a_run_computes_on_is_noted_where_it_changes(tmp_path: Path):
 
 
 def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):
-    checkpoint, slots = tiny_checkpoint(tmp_path / "model"), []
+    checkpoint, slots = tiny_checkpoint(tmp_path / "model", num_hidden_layers=1), []
     shapes = ContinuousEngine.shapes
 
     def seen(self, *call):
@@ -82,7 +97,7 @@ def test_a_run_goes_on_with_the_slots_it_began_with(tmp_path, monkeypatch):
         rewards = lambda prompts, completions, completion_ids, **_: [float(len(c) % 3) for c in completions]  # noqa: E731
         grpo_jax.Trainer(model=checkpoint, reward_funcs=rewards, train_dataset=ROWS, config=config).train()
 
-    model = tiny_model()[0]
+    model = tiny_model(num_hidden_layers=1)[0]
     one = 22 * sum(8 * layer.kv_heads * layer.head_dim for layer in model.spec.layers)
     run(1, one)  # on each of 8 devices
     begun = set(slots)

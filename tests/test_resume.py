@@ -53,7 +53,7 @@ def digits(prompts, completions, completion_ids, **columns):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("resume")
-    tiny_checkpoint(directory / "model")
+    tiny_checkpoint(directory / "model", num_hidden_layers=1)
     rows = [json.dumps({"prompt": f"{a}+{b}="}) + "\n" for a in range(5) for b in range(3)]
     (directory / "prompts.jsonl").write_text("".join(rows))
     (directory / "config.toml").write_text(CONFIG)

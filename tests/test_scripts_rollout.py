@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import generate, load_model
+from grpo_jax.config import TrainConfig
 from grpo_jax.data import load_tokenizer
 from grpo_jax.data.chat import decode
 from grpo_jax.rollout import ContinuousEngine, room_for
@@ -23,7 +24,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
 
 
 def script(name: str):
@@ -84,6 +85,7 @@ def test_sample_reads_its_prompt_from_standard_input(checkpoint, monkeypatch, ca
     assert capsys.readouterr().out == texts_of(checkpoint, 1)[0] + "\n"
 
 
+@pytest.mark.slow
 def test_sample_ends_quietly_where_nobody_reads_on(checkpoint):
     command = [
         sys.executable,
@@ -161,6 +163,8 @@ def test_generate_refuses_a_model_without_numbers(checkpoint):
     [
         ({"prompt": "3+4="}, [], "reward 'exact_match': needs a column 'answer'"),
         ({"question": "3+4=", "answer": "7"}, [], "no column 'prompt'"),
+        ({"prompt": "3+4=", "answer": "7"}, ["--rollout.stop_token_ids", 99], "rollout.stop_token_ids: got 99"),
+        ({"prompt": "3+4=", "answer": "7"}, ["--data.max_promt_len", 9], "data.max_promt_len: there is no such field"),
         ({"prompt": "3+4=", "answer": "7"}, ["--samples", -1], "--samples: got -1"),
         ({"prompt": "3+4=", "answer": "7"}, ["--max-new-tokens", 0], "--max-new-tokens: got 0"),
         ({"prompt": "3+4=", "answer": "7"}, ["--max-new-tokens", 253], "max_new_tokens: got 253"),
@@ -173,6 +177,40 @@ def test_evaluate_says_what_cannot_be_before_anything_is_sampled(
     monkeypatch.setattr(ContinuousEngine, "generate", None)
     assert run("evaluate", monkeypatch, checkpoint, tmp_path / "data.jsonl", *arguments) == 2
     assert says in capsys.readouterr().err
+
+
+def test_evaluate_takes_what_is_not_given_from_the_run(tmp_path, monkeypatch):
+    module = script("evaluate")
+    recorded = {
+        "steps": 7,
+        "data": {"eval": "held.jsonl", "as_messages": True, "system_prompt": "be", "max_prompt_len": 99},
+        "reward": {"functions": ["regex", "exact_match"], "options": {"regex": {"pattern": "x"}, "exact_match": {}}},
+        "rollout": {"temperature": 0.7, "stop_token_ids": [2, 7], "prompts_per_step": 3, "max_new_tokens": 9},
+    }
+    run_config = TrainConfig.from_tables(recorded)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "config.toml").write_text(run_config.to_toml())
+
+    def of(*words):
+        seen = []
+        module.evaluate = seen.append
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        assert module.main() == 0
+        return module.config_of(seen[0], module.run_of(seen[0]))
+
+    for place in (tmp_path, tmp_path / "hf"):
+        found = of(place)
+        assert found.model.path == str(tmp_path / "hf")
+        assert found.data == run_config.data.model_copy(update={"train": "quickstart"})
+        assert found.reward.functions == ("regex",) and found.reward.options == {"regex": {"pattern": "x"}}
+        assert found.rollout.stop_token_ids == (2, 7) and found.rollout.temperature == 0.7
+    given = of(tmp_path, "own.jsonl", "--temperature", "1", "--data.max_prompt_len", "600", "--reward", "exact_match")
+    assert (given.data.eval, given.data.max_prompt_len, given.rollout.temperature) == ("own.jsonl", 600, 1.0)
+    assert given.reward.functions == ("exact_match",) and given.data.system_prompt == "be"
+    plain = of(tmp_path / "hf", "own.jsonl", "--config", "none")
+    assert not plain.data.as_messages and plain.reward.functions == ("exact_match",)
+    with pytest.raises(ValueError, match="^DATA: not given, and there is no run"):
+        of(tmp_path / "hf", "--config", "none")
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate"])
@@ -190,9 +228,14 @@ def test_ctrl_c_ends_in_one_line(checkpoint, monkeypatch, capsys, name):
 def test_evaluate_prints_every_figure_with_its_interval(checkpoint, monkeypatch, capsys, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{a}+2=", "answer": str(a + 2)}) + "\n" for a in range(5)))
-    arguments = [checkpoint, data, "--samples", 3, "--max-new-tokens", 6, "--prompts", 4]
+    arguments = [checkpoint, data, "--samples", 3, "--max-new-tokens", 6, "--prompts", 4, "--data.max_prompt_len", 4]
+    data.write_text(data.read_text().replace("1+2=", "1111+2="))
     assert run("evaluate", monkeypatch, *arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert (
+        "warning: " in err and "1 of 4 prompts are longer than data.max_prompt_len = 4 tokens and are left out" in err
+    )
+    lines = out.splitlines()
     assert [line.split()[0] for line in lines] == ["greedy", "avg@3", "pass@3", "maj@3"]
     assert all(re.search(r"\d\.\d% +95 % interval \d+\.\d% to \d+\.\d%", line) for line in lines)
 

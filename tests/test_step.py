@@ -1,5 +1,6 @@
 """The learner against contracts 1, 5, 7, 8 and 11: one gradient per optimizer step, however it is cut."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -39,6 +40,7 @@ WAVE = np.sin(np.arange(16 * WIDTH, dtype=np.float32)).reshape(16, WIDTH) * 0.05
 """Moves the old policy off the new one, so that every branch of the loss matters."""
 
 
+@functools.cache
 def learner_for(model, loss: LossConfig, kind: str = "padded", rows: int | None = None, optim=OPTIM) -> Learner:
     return Learner(
         model=model,
@@ -84,27 +86,42 @@ def assert_close(one, other, tolerance=2e-5):
         np.testing.assert_allclose(a, b, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("preset", ["grpo", "gspo"])
-def test_contract_5_microbatches_packing_and_row_order(tiny, rollout, preset):
+CUTS = {
+    "microbatches": {"rows": 4, "order": np.random.default_rng(1).permutation(16)},
+    "packed": {"kind": "packed", "rows": 2},
+    "group": {"kind": "group"},
+    "group in microbatches": {"kind": "group", "rows": 2, "order": np.array([3, 0, 2, 1])},
+}
+FAST = {("grpo", "microbatches"), ("grpo", "group in microbatches"), ("gspo", "packed")}
+
+
+@pytest.mark.parametrize(
+    ("preset", "cut"),
+    [
+        pytest.param(preset, cut, marks=[] if (preset, cut) in FAST else pytest.mark.slow)
+        for preset in ("grpo", "gspo")
+        for cut in CUTS
+    ],
+)
+def test_contract_5_microbatches_packing_and_row_order(tiny, rollout, preset, cut):
     model, params = tiny
     whole, figures = gradient(model, params, rollout, preset)
-    order = np.random.default_rng(1).permutation(16)
-    for cut, same in [
-        gradient(model, params, rollout, preset, rows=4, order=order),
-        gradient(model, params, rollout, preset, "packed", rows=2),
-        gradient(model, params, rollout, preset, "group"),
-        gradient(model, params, rollout, preset, "group", rows=2, order=np.array([3, 0, 2, 1])),
-    ]:
-        assert_close(whole, cut)
-        assert same["loss"] == pytest.approx(figures["loss"], abs=1e-5)
-        assert same["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-4)
-        assert same["entropy"] == pytest.approx(figures["entropy"], rel=1e-4)
-        assert same["sampler_logp_difference/mean"] == pytest.approx(figures["sampler_logp_difference/mean"], rel=1e-3)
+    parts, same = gradient(model, params, rollout, preset, **CUTS[cut])
+    assert_close(whole, parts)
+    assert same["loss"] == pytest.approx(figures["loss"], abs=1e-5)
+    assert same["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-4)
+    assert same["entropy"] == pytest.approx(figures["entropy"], rel=1e-4)
+    assert same["sampler_logp_difference/mean"] == pytest.approx(figures["sampler_logp_difference/mean"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("sizes", "kind", "rows"),
-    [((8, 1, 1), "padded", 8), ((2, 4, 1), "padded", None), ((2, 2, 2), "padded", None), ((2, 2, 2), "group", None)],
+    [
+        pytest.param((8, 1, 1), "padded", 8, marks=pytest.mark.slow),
+        ((2, 4, 1), "padded", None),
+        pytest.param((2, 2, 2), "padded", None, marks=pytest.mark.slow),
+        ((2, 2, 2), "group", None),
+    ],
 )
 def test_contract_5_eight_devices_give_the_gradient_of_one(tiny, rollout, sizes, kind, rows):
     model, params = tiny
@@ -164,7 +181,7 @@ def test_training_on_the_sampling_weights_needs_no_old_logp(tiny, rollout):
     assert means([jax.device_get(figures)])["ratio"] == 1.0
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("weight_decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_contract_7_an_all_masked_batch_changes_nothing(tiny, rollout, weight_decay):
     model, params = tiny
     learner = learner_for(model, loss_of("grpo"), optim=OptimConfig(weight_decay=weight_decay))

@@ -15,8 +15,6 @@ import numpy as np
 from grpo_jax.callbacks import Callback, Run, Step
 from grpo_jax.config import TrainConfig
 from grpo_jax.config.refusals import ALONE
-from grpo_jax.metrics import read_json_lines
-from grpo_jax.rundir import WARNINGS
 
 ALIKE = 0.95
 """Share of groups without spread from which a run is told of it: of twenty prompts not more than one then teaches
@@ -287,9 +285,6 @@ class Health(Callback):
         self._warned |= set(run.states.get(type(self).__name__, ()))
         for row in run.history:
             self._remember(row)
-        if run.start and (run.directory / WARNINGS).exists():
-            said = [row for row in read_json_lines(run.directory / WARNINGS) if row["step"] <= run.start]
-            self._warned |= {name for name in CHECKS if any(_is_of(row, name) for row in said)}
 
     def state(self) -> list[str]:
         """Checks that have warned, and will not again."""
@@ -307,21 +302,12 @@ class Health(Callback):
             text = check.function(window)
             if text is not None:
                 self._warned.add(name)
-                self._warn(f"{_head(name)}{text}")
+                self._warn(f"health ({name}): {text}")
 
     def _remember(self, row: Mapping[str, Any]) -> None:
         if row.get("entropy") is not None and len(self._entropies) < FIRST:
             self._entropies.append(float(row["entropy"]))
         self._varied |= {name for name in self._run.reward_names if (row.get(f"rewards/{name}/std") or 0.0) > 0}
-
-
-def _head(check: str) -> str:
-    """What the line of a check begins with, by which a resumed run knows that it was said."""
-    return f"health ({check}): "
-
-
-def _is_of(row: Mapping[str, Any], check: str) -> bool:
-    return str(row.get("text", "")).startswith(_head(check))
 
 
 def _facts(step: Step, tokenizer: Any, correct_above: float) -> Facts:

@@ -13,6 +13,7 @@ from grpo_jax.callbacks.table import build
 from grpo_jax.config import TrainConfig
 from grpo_jax.functions import words_of
 from grpo_jax.mesh import from_first, is_first
+from grpo_jax.rundir import no_space
 
 
 class Watchers:
@@ -34,10 +35,14 @@ class Watchers:
         """Nothing is to be opened yet."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close each, the last one first, whatever the others do."""
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Close each, the last one first, whatever the others do; a full disk that ended the run is not said again."""
         for callback in reversed(self._all):
-            self._shielded(callback, "close", callback.close)
+            try:
+                callback.close()
+            except Exception as another:
+                if no_space(error) is None or no_space(another) is None:
+                    self.warn(_raised(callback, "close", another, "all else is closed"))
 
     def start(self, run: Run) -> bool:
         """Tell of the run; whether it had already ended."""
@@ -99,7 +104,7 @@ class Watchers:
         try:
             return call()
         except Exception as error:
-            if isinstance(error, ValueError) and callback in self._named and method != "close":
+            if isinstance(error, ValueError) and callback in self._named:
                 raise
             if self._first(callback, method):
                 self.warn(_raised(callback, method, error))
@@ -111,11 +116,8 @@ class Watchers:
         return new
 
 
-def _raised(callback: Callback, method: str, error: Exception) -> str:
-    return (
-        f"{_name(callback)}.{method} raised {type(error).__name__}: {words_of(error)}; the run goes on without what it "
-        "would have done; repair the callback"
-    )
+def _raised(callback: Callback, method: str, error: Exception, still: str = "the run goes on without it") -> str:
+    return f"{_name(callback)}.{method} raised {type(error).__name__}: {words_of(error)}; {still}; repair the callback"
 
 
 def _name(callback: Callback) -> str:

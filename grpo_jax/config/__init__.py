@@ -79,9 +79,11 @@ class DataConfig(Section):
     """Held-out prompts, named like data.train, or a table of several, each by a name of its own; none switches
     evaluation off."""
     prompt_column: str = "prompt"
-    """Column that holds the prompt: a string, or a list of chat messages."""
+    """Column that holds the prompt: a string, or a list of chat messages. A nested one has a dotted name."""
     prompt_template: str | None = None
     """Text that makes the prompt of a row, {column} standing for the row's value; none: the prompt column is it."""
+    columns: tuple[str, ...] | None = None
+    """Columns that the reward functions get, nested ones by dotted names; none: all but the prompt."""
     rename_columns: dict[str, str] = {}
     """Columns to rename where they are there, old name to new: solution to answer for a reward that reads "answer"."""
     as_messages: bool = False
@@ -124,7 +126,7 @@ class RolloutConfig(Section):
     min_tokens: Natural = 0
     """No stop token or stop string ends a completion before it has so many tokens."""
     stop_token_ids: tuple[Whole, ...] | None = None
-    """Tokens that end a completion; none: those of the tokenizer and of generation_config.json."""
+    """Tokens that end a completion; none: those of the tokenizer, of config.json and of generation_config.json."""
     stop_strings: tuple[str, ...] = Field(default=(), json_schema_extra=WHOLE)
     """Texts that end a completion, with the token that completes them."""
     banned_token_ids: tuple[Whole, ...] = ()

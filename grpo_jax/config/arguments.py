@@ -77,6 +77,22 @@ def read_command(words: Sequence[str], model: type[BaseModel]) -> Command:
     return command
 
 
+def take_fields(words: Sequence[str], model: type[BaseModel]) -> tuple[dict[str, Any], list[str]]:
+    """The ``--dotted.field value`` among the words of another command, as nested tables, and its other words.
+
+    Raises:
+        ValueError: an unknown field, or a value too few.
+    """
+    command, rest, others = Command(), list(words), list[str]()
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            _read_option(command, word, rest, model)
+        else:
+            others.append(word)
+    return command.tables, others
+
+
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested tables over others; a table replaces what is no table."""
     out = dict(below)

@@ -28,6 +28,7 @@ KINDS = {
 """What a value must be, by the first word of pydantic's error type."""
 ELSEWHERE = {
     "lr": "optim.learning_rate",
+    "remove_unused_columns": "data.columns",
     "beta": "algorithm.loss.kl_coef",
     "epsilon": "algorithm.loss.clip_low",
     "epsilon_high": "algorithm.loss.clip_high",

@@ -3,9 +3,10 @@
 A run calls ``resolve_model``, ``load_tokenizer``, ``stop_ids``, ``training_prompts`` and ``held_out_prompts``.
 """
 
-from grpo_jax.data.chat import PromptFormat, decode, encode, load_tokenizer, stop_ids
+from grpo_jax.data.chat import PromptFormat, decode, encode, load_tokenizer, read_template, stop_ids
 from grpo_jax.data.places import resolve_model
-from grpo_jax.data.prompts import PromptSet, PromptStream, held_out_prompts, training_prompts
+from grpo_jax.data.prompt_set import PromptSet
+from grpo_jax.data.prompts import PromptStream, held_out_prompts, training_prompts
 from grpo_jax.data.sources import describe, load_dataset
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "held_out_prompts",
     "load_dataset",
     "load_tokenizer",
+    "read_template",
     "resolve_model",
     "stop_ids",
     "training_prompts",

@@ -1,86 +1,23 @@
 """Prompts as token ids, and the order in which a run draws them. Host only."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from datetime import datetime
+from typing import Any
 
 import numpy as np
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.data.chat import PromptFormat
-from grpo_jax.data.sources import Kind, Row, check_rows, load_dataset
+from grpo_jax.data.prompt_set import PromptSet
+from grpo_jax.data.sources import Kind, load_dataset
+from grpo_jax.data.template import TemplateFault
+from grpo_jax.functions import nearest
 from grpo_jax.types import Prompt
 
 BLOCK = 4096
 """Draws of a mixture whose sources are decided by one generator."""
-
-
-class PromptSet:
-    """Every prompt of a dataset in the order of its file; a request id is the row's number.
-
-    Attributes:
-        prompts: those that are short enough.
-        filtered_count: those that are not.
-        row_count: both together.
-        longest: tokens of the longest prompt that is short enough.
-        columns: names of what the rows have besides the prompt.
-        report: how many were left out for their length, in words; "" where none was.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        tokenizer: Any,
-        max_prompt_len: int | None = None,
-        prompt_column: str = "prompt",
-        *,
-        form: PromptFormat | None = None,
-        long_prompts: Literal["filter", "error"] = "filter",
-        name: str = "dataset",
-    ) -> None:
-        """Tokenize all rows and leave out, or refuse, what is longer than ``max_prompt_len`` tokens; nothing is cut.
-
-        Raises:
-            ValueError: a row that cannot be encoded, by its number, or no prompt short enough.
-        """
-        form = form or PromptFormat()
-        check_rows(rows, prompt_column if form.template is None else None)
-        encoded = [_prompt(tokenizer, form, row, number, prompt_column) for number, row in enumerate(rows)]
-        lengths = [len(prompt.tokens) for prompt in encoded]
-        if max_prompt_len is not None and min(lengths) > max_prompt_len:
-            raise ValueError(
-                f"data.max_prompt_len: got {max_prompt_len}, but all {len(rows)} prompts are longer, the shortest "
-                f"{min(lengths)} tokens, the longest {max(lengths)}; raise it"
-            )
-        self.row_count = len(encoded)
-        self.prompts = [p for p in encoded if max_prompt_len is None or len(p.tokens) <= max_prompt_len]
-        self.filtered_count = self.row_count - len(self.prompts)
-        self.longest = max(len(prompt.tokens) for prompt in self.prompts)
-        self.columns = frozenset(self.prompts[0].columns or {})
-        self.report = ""
-        if self.filtered_count:
-            self.report = (
-                f"{name}: {self.filtered_count} of {self.row_count} prompts are longer than data.max_prompt_len = "
-                f"{max_prompt_len} tokens and are left out, the longest has {max(lengths)}"
-            )
-            if long_prompts == "error":
-                first = next(prompt.request_id for prompt in encoded if len(prompt.tokens) > (max_prompt_len or 0))
-                said = self.report.replace(" and are left out", "")
-                raise ValueError(f'{said}, the first is row {first}; raise it, or set data.long_prompts = "filter"')
-
-    def __len__(self) -> int:
-        """Number of prompts short enough."""
-        return len(self.prompts)
-
-    def digest(self) -> str:
-        """SHA-256 of what its prompts and their columns say, in their order; not of their tokens."""
-        whole = hashlib.sha256()
-        for prompt in self.prompts:
-            row = [prompt.request_id, prompt.text, prompt.columns]
-            whole.update(json.dumps(row, sort_keys=True, default=_said).encode("utf-8", "surrogatepass") + b"\n")
-        return whole.hexdigest()
 
 
 class PromptStream:
@@ -130,7 +67,6 @@ class PromptStream:
         self._row_count = int(starts[-1])
         self._parts = [_Part(part, int(starts[n]), seed, n, shuffle) for n, part in enumerate(sets)]
         self._kept = {start + p.request_id: p for start, part in zip(starts, sets, strict=False) for p in part.prompts}
-        self._sets = tuple(sets)
         self._choices = _Choices(seed, weights)
         self._count = prompts_per_step
         self._cursor = 0
@@ -140,16 +76,18 @@ class PromptStream:
         """Tokens of the longest prompt that is drawn."""
         self.columns = frozenset[str]().union(*(part.columns for part in sets))
         """Names of what the rows have besides the prompt; a row of a dataset without one gives None."""
-        self.reports = tuple(part.report for part in sets if part.report)
-        """What was left out, in words, a line for each dataset that has such prompts."""
+        self.reports = tuple(dict.fromkeys(report for part in sets for report in part.reports))
+        """What a run should know of its prompts, in words; see `PromptSet`."""
+        self.sets = tuple(sets)
+        """The datasets."""
 
     def __len__(self) -> int:
         """Prompts that can be drawn; with one dataset, those of an epoch."""
         return len(self._kept)
 
     def digest(self) -> str:
-        """SHA-256 of what the prompts of all datasets say."""
-        each = [part.digest() for part in self._sets]
+        """SHA-256 of what the rows of all datasets say."""
+        each = [part.digest() for part in self.sets]
         return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
     def next(self, count: int | None = None) -> list[Prompt]:
@@ -240,13 +178,16 @@ class _Choices:
         self._numbers, self._places = np.append(self._numbers, numbers), np.append(self._places, places)
 
 
-def training_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) -> PromptStream:
+def training_prompts(
+    config: TrainConfig, tokenizer: Any, source: Any = None, now: datetime | None = None
+) -> PromptStream:
     """What a run trains on, as ``data.*`` says.
 
     Args:
         config: of the run.
         tokenizer: of its model.
         source: instead of ``data.train``: one source as `load_dataset` takes it, or a mapping of names to weights.
+        now: the time that a chat template is told; None: this one.
 
     Raises:
         ValueError: as `load_dataset`, `PromptFormat` and `PromptSet`.
@@ -254,7 +195,9 @@ def training_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) ->
     source = config.data.train if source is None else source
     weights = dict(source) if _is_mixture(source) else None
     named = {f"data.train {name!r}": name for name in weights} if weights else {"data.train": source}
-    sets = [_load(config, tokenizer, "train", name, part) for name, part in named.items()]
+    form = PromptFormat.from_config(config.data, now)
+    sets = [_load(config, tokenizer, "train", name, part, form) for name, part in named.items()]
+    _check_names(config, sets)
     return PromptStream(
         sets,
         None if weights is None else list(weights.values()),
@@ -264,7 +207,9 @@ def training_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) ->
     )
 
 
-def held_out_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) -> dict[str, PromptSet]:
+def held_out_prompts(
+    config: TrainConfig, tokenizer: Any, source: Any = None, now: datetime | None = None
+) -> dict[str, PromptSet]:
     """What a run is judged by, as ``data.*`` says: the sets by name, none where there is no evaluation.
 
     Args:
@@ -272,6 +217,7 @@ def held_out_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) ->
         tokenizer: of its model.
         source: instead of ``data.eval``: one source as `load_dataset` takes it, or a mapping of names to sources
             (a ``datasets.DatasetDict`` is one).
+        now: the time that a chat template is told; None: this one.
 
     Raises:
         ValueError: as `load_dataset`, `PromptFormat` and `PromptSet`.
@@ -279,17 +225,24 @@ def held_out_prompts(config: TrainConfig, tokenizer: Any, source: Any = None) ->
     source = config.data.eval if source is None else source
     if source is None:
         return {}
-    if isinstance(source, Mapping):
-        return {name: _load(config, tokenizer, "eval", f"data.eval.{name}", part) for name, part in source.items()}
-    return {"eval": _load(config, tokenizer, "eval", "data.eval", source)}
+    named = {f"data.eval.{name}": (name, part) for name, part in source.items()} if isinstance(source, Mapping) else {}
+    form = PromptFormat.from_config(config.data, now)
+    sets = {
+        name: _load(config, tokenizer, "eval", label, part, form)
+        for label, (name, part) in (named or {"data.eval": ("eval", source)}).items()
+    }
+    _check_names(config, list(sets.values()))
+    return sets
 
 
-def _load(config: TrainConfig, tokenizer: Any, kind: Kind, name: str, source: Any) -> PromptSet:
+def _load(config: TrainConfig, tokenizer: Any, kind: Kind, name: str, source: Any, form: PromptFormat) -> PromptSet:
     """One dataset; ``name`` is what errors call it."""
-    data, form = config.data, PromptFormat.from_config(config.data)
+    data = config.data
     column = data.prompt_column if form.template is None else None
     try:
-        rows = load_dataset(source, prompt_column=column, rename_columns=data.rename_columns, kind=kind)
+        rows = load_dataset(
+            source, prompt_column=column, rename_columns=data.rename_columns, columns=data.columns, kind=kind
+        )
         return PromptSet(
             rows[: config.eval.prompts] if kind == "eval" else rows,
             tokenizer,
@@ -298,32 +251,26 @@ def _load(config: TrainConfig, tokenizer: Any, kind: Kind, name: str, source: An
             form=form,
             long_prompts=data.long_prompts,
             name=source if isinstance(source, str) else name,
+            columns=data.columns,
         )
+    except TemplateFault:
+        raise
     except ValueError as error:
         if str(error).startswith("data."):
             raise
         raise ValueError(f"{name}: {error}") from error
 
 
-def _said(value: Any) -> Any:
-    """A value that JSON has none for, such as a number of numpy's or a date, as the same text in every process."""
-    return (
-        value.tolist()
-        if hasattr(value, "tolist")
-        else str(value)
-        if hasattr(value, "isoformat")
-        else type(value).__name__
-    )
+def _check_names(config: TrainConfig, sets: Sequence[PromptSet]) -> None:
+    """Refuse a name in ``data.columns`` that no dataset has."""
+    there = frozenset[str]().union(*(part.columns | {config.data.prompt_column} for part in sets))
+    known = frozenset[str]().union(*(part.available for part in sets))
+    for name in config.data.columns or ():
+        if name not in there:
+            raise ValueError(
+                f"data.columns: no column {name!r}{nearest(name, known)}; there are {', '.join(sorted(known))}"
+            )
 
 
 def _is_mixture(source: Any) -> bool:
     return isinstance(source, Mapping) and all(isinstance(weight, int | float) for weight in source.values())
-
-
-def _prompt(tokenizer: Any, form: PromptFormat, row: Row, number: int, column: str) -> Prompt:
-    try:
-        text = form.prompt(row, column)
-        tokens = form.encode(tokenizer, text)
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from error
-    return Prompt(number, tokens, text, {name: value for name, value in row.items() if name != column})

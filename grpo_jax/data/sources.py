@@ -6,7 +6,7 @@ pyarrow and datasets, the extra ``data``, are loaded by the sources that need th
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,34 @@ FORMS = (
 )
 
 
+NOTHING: Any = object()
+"""What `find_column` gives where there is no such column; None is a value."""
+
+
+def find_column(row: Row, name: str) -> Any:
+    """The value of a column, or of a nested one by its dotted name; NOTHING where there is none.
+
+    >>> find_column({"reward_model": {"ground_truth": "51"}}, "reward_model.ground_truth")
+    '51'
+    """
+    if name in row:
+        return row[name]
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        outer = row.get(".".join(parts[:count]), NOTHING)
+        if outer is None:
+            return None
+        if isinstance(outer, Mapping) and (found := find_column(outer, ".".join(parts[count:]))) is not NOTHING:
+            return found
+    return NOTHING
+
+
 def load_dataset(
     source: Any,
     *,
     prompt_column: str | None = "prompt",
     rename_columns: Mapping[str, str] | None = None,
+    columns: Collection[str] | None = None,
     kind: Kind = "train",
 ) -> Rows:
     """The rows of one source, all with the same columns.
@@ -35,7 +58,8 @@ def load_dataset(
     Args:
         source: "quickstart", a path, a hub dataset, or rows: a ``datasets.Dataset`` or any other iterable of mappings.
         prompt_column: the column every row needs, under its new name where it is renamed; None for no such column.
-        rename_columns: old name -> new name, of columns that are there.
+        rename_columns: old name -> new name, of columns that are there; a nested one gets a column of its own.
+        columns: those that have to be the same in every row; None: all.
         kind: which of its two files "quickstart" means.
 
     Raises:
@@ -43,17 +67,23 @@ def load_dataset(
     """
     rows, places = _read(source, kind)
     rows = [_renamed(row, rename_columns or {}, place) for row, place in zip(rows, places, strict=True)]
-    check_rows(rows, prompt_column, places)
+    check_rows(rows, prompt_column, places, columns)
     return rows
 
 
-def check_rows(rows: Sequence[Row], prompt_column: str | None = "prompt", places: Sequence[str] | None = None) -> None:
+def check_rows(
+    rows: Sequence[Row],
+    prompt_column: str | None = "prompt",
+    places: Sequence[str] | None = None,
+    columns: Collection[str] | None = None,
+) -> None:
     """Refuse rows that cannot be trained on.
 
     Args:
         rows: to look at.
         prompt_column: the column every row needs; None for none.
         places: what to call each row in an error; None for its number.
+        columns: those that have to be the same in every row; None: all.
 
     Raises:
         ValueError: no rows, a row without the prompt column, or with other columns than the first row.
@@ -62,11 +92,11 @@ def check_rows(rows: Sequence[Row], prompt_column: str | None = "prompt", places
         raise ValueError("dataset: got no rows; it needs at least one" + _with_column(prompt_column))
     for number, row in enumerate(rows):
         place = f"row {number}" if places is None else places[number]
-        if prompt_column is not None and prompt_column not in row:
+        if prompt_column is not None and find_column(row, prompt_column) is NOTHING:
             raise ValueError(
                 f"{place}: no column {prompt_column!r}, it has {sorted(row)}; rename one or set data.prompt_column"
             )
-        if row.keys() != rows[0].keys():
+        if columns is None and row.keys() != rows[0].keys():
             missing, extra = sorted(rows[0].keys() - row.keys()), sorted(row.keys() - rows[0].keys())
             raise ValueError(
                 f"{place}: columns unlike the first row's: missing {missing}, extra {extra}, but a reward function "
@@ -227,7 +257,10 @@ def _renamed(row: dict[str, Any], names: Mapping[str, str], place: str) -> dict[
     for old, new in names.items():
         if old in row and new in row and new not in names:
             raise ValueError(f"{place}: data.rename_columns makes {old!r} {new!r}, which is there; rename that one too")
-    return {names.get(name, name): value for name, value in row.items()}
+    nested = {new: find_column(row, old) for old, new in names.items() if old not in row}
+    return {names.get(name, name): value for name, value in row.items()} | {
+        new: value for new, value in nested.items() if value is not NOTHING
+    }
 
 
 def _numbered(place: str, rows: Sequence[Any], first: int = 1) -> list[str]:

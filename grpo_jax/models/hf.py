@@ -44,9 +44,12 @@ from grpo_jax.models.tensors import Entry, Tensor, list_tensors, tensor_entries
 from grpo_jax.types import Params
 
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+"""Files that hold a chat template; the first is what is read where both are."""
 COPIED = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -54,8 +57,7 @@ COPIED = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TEMPLATES,
     GENERATION,
 )
 """Files that ``save_hf`` copies from the source where they exist."""
@@ -129,6 +131,7 @@ def save_hf(
     source: str | Path | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    chat_template: str | None = None,
 ) -> None:
     """Writes a Hugging Face directory that transformers, and ``load_model``, load with the same logits.
 
@@ -144,6 +147,7 @@ def save_hf(
         dtype: "float32", "bfloat16" or "float16" for every tensor instead. Without a source it is by default the
             dtype that config.json names, else the parameters'.
         shard_bytes: the largest size of a file of tensors (a larger tensor has a file to itself).
+        chat_template: Jinja that the tokenizer is to have instead of the source's.
 
     Raises:
         ValueError: an unknown dtype, or a source or config of another model.
@@ -162,7 +166,7 @@ def save_hf(
     writer = jax.process_index() == 0
     files = _write_tensors(model, params, target, shards, dtypes, default, writer)
     if writer:
-        files += _write_small(target, origin, _config_text(model, config, origin, dtype, default))
+        files += _write_small(target, origin, _config_text(model, config, origin, dtype, default), chat_template)
         _put_in_place(target, files)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
@@ -314,15 +318,30 @@ def _gatherer(model: Model, params: Params) -> Callable[[Tensor], np.ndarray]:
     return gather
 
 
-def _write_small(target: Path, origin: Path | None, config: str) -> list[str]:
+def _write_small(target: Path, origin: Path | None, config: str, chat_template: str | None) -> list[str]:
+    texts = {CONFIG: config}
+    if chat_template is not None:
+        texts |= _with_template(target if origin is None else origin, chat_template)
     names = []
     if origin is not None and origin.resolve() != target.resolve():
         for name in COPIED:
-            if (origin / name).is_file():
+            if (origin / name).is_file() and name not in texts and (chat_template is None or name not in TEMPLATES):
                 shutil.copyfile(origin / name, target / (name + PARTIAL))
                 names.append(name)
-    (target / (CONFIG + PARTIAL)).write_text(config, encoding="utf-8")
-    return [*names, CONFIG]
+    for name, text in texts.items():
+        (target / (name + PARTIAL)).write_text(text, encoding="utf-8", newline="")
+    return [*names, *(name for name in texts if name != CONFIG), CONFIG]
+
+
+def _with_template(origin: Path, chat_template: str) -> dict[str, str]:
+    """The files that say what the chat template is; one in the tokenizer's config is left out, as some read that."""
+    texts = {TEMPLATES[0]: chat_template}
+    if (origin / TOKENIZER).is_file():
+        table = read_json(origin / TOKENIZER)
+        if "chat_template" in table:
+            del table["chat_template"]
+            texts[TOKENIZER] = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+    return texts
 
 
 def _put_in_place(target: Path, files: list[str]) -> None:

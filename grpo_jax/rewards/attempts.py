@@ -9,14 +9,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TypeVar
 
 from grpo_jax.rewards.call import Batch, RewardProblem
 from grpo_jax.rewards.lookup import SAMPLES
 from grpo_jax.rewards.process import WorkerDied, WorkerProcess
 from grpo_jax.rewards.scores import Part
+from grpo_jax.rewards.travel import plain
 
 CHUNK = 16
 """Completions that the time limit is for; a call on more has it for every so many."""
@@ -209,20 +208,14 @@ def encode(batch: Batch) -> bytes:
     try:
         columns = {name: list(values) for name, values in batch.columns.items()}
         whole = {**message, "columns": columns, "state": asdict(batch.state)}
-        return json.dumps(whole, default=_plain).encode() + b"\n"
+        return json.dumps(whole, default=plain).encode() + b"\n"
     except (TypeError, ValueError) as error:
         for name, values in [*batch.columns.items(), *message.items()]:
             try:
-                json.dumps(list(values), default=_plain)
+                json.dumps(list(values), default=plain)
             except (TypeError, ValueError):
                 raise ValueError(
                     f"column {name!r}: cannot be sent to a reward's process ({error}); "
                     "make it strings, numbers, lists or objects of these, or drop it"
                 ) from error
         raise
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} is not JSON")

@@ -101,6 +101,11 @@ class RewardPool:
             raise
         self._needs |= {self.names[number]: started.result() for number, started in first.items()}
 
+    @property
+    def remote(self) -> bool:
+        """Whether some function runs in a process of its own, so that columns have to get there."""
+        return bool(self._workers)
+
     def check_columns(self, columns: Collection[str]) -> None:
         """Refuse a dataset that cannot be scored, before anything is sampled.
 

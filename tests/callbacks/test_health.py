@@ -3,7 +3,6 @@
 The sick runs are real ones on the tiny model; the numbers from which a check speaks are tested on steps made up.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from grpo_jax.callbacks.early_stopping import EarlyStopping
 from grpo_jax.callbacks.environment import Environment
 from grpo_jax.callbacks.health import CHECKS, Health
 from grpo_jax.config import StopConfig, TrainConfig
-from grpo_jax.rundir import ENVIRONMENT, WARNINGS
+from grpo_jax.rundir import ENVIRONMENT
 from grpo_jax.testing import tiny_checkpoint, tiny_tokenizer
 from grpo_jax.types import Rollout
 
@@ -136,22 +135,6 @@ def test_completions_cut_at_the_limit_are_said_with_a_length():
     assert "The model has no positions for more; shorten the prompts" in warning and "would let" not in warning
     half = np.arange(Q * G) % 2 == 0
     assert heard([step(i, lengths=np.where(half, 2, T), stopped=half) for i in range(7)]) == []
-
-
-def test_a_resumed_run_does_not_say_again_what_its_record_holds(tmp_path):
-    def said(start: int, rows: list) -> list[str]:
-        (tmp_path / WARNINGS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        warned: list[str] = []
-        health = Health(TrainConfig(), warned.append)
-        health.on_start(Run(TrainConfig(), tmp_path, TOKENIZER, ("f0",), start))
-        for i in range(3):
-            health.on_step(step(start + i + 1, constant(0.0)))
-        return warned
-
-    (line,) = said(0, [])
-    assert line.startswith("health (no_spread): ")
-    assert said(3, [{"step": 3, "text": line}]) == []
-    assert said(3, [{"step": 4, "text": line}]) == said(3, [{"step": 3, "text": "health (cut): "}]) == [line]
 
 
 def test_entropy_that_collapses_is_said_unless_the_task_is_solved():
@@ -331,7 +314,8 @@ def test_what_was_warned_of_before_a_run_was_resumed_is_not_said_again():
     health.on_start(Run(config, None, TOKENIZER, ("f0",)))
     for each in sick[:4]:
         health.on_step(each)
-    assert len(said) == 1 and health.state() == ["never_stops"]
+    (line,) = said
+    assert line.startswith("health (never_stops): ") and health.state() == ["never_stops"]
     again = Health(config, said.append)
     again.on_start(Run(config, None, TOKENIZER, ("f0",), 4, states={"Health": health.state()}))
     for each in sick[4:]:

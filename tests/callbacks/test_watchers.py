@@ -1,5 +1,7 @@
 """What a callback does wrong costs neither the run nor the other callbacks; what ends a run, and what does not."""
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,13 @@ def test_all_are_closed_the_last_first(made):
     with made(Seen(seen, "b", close=ValueError("no")), Seen(seen, "c"), named=[Seen(seen, "a")]):
         seen.clear()
     assert [told[0] for told in seen if told[1] == "close"] == ["c", "b", "a"]
+
+
+def test_a_full_disk_that_ends_the_run_is_said_once(made):
+    seen = []
+    with pytest.raises(OSError), made(Seen(seen, "good"), Seen(seen, "bad", close=OSError(errno.ENOSPC, "full"))):
+        raise OSError(errno.ENOSPC, "full")
+    assert [told for told in seen if told[1] == "on_warning"] == []
 
 
 def test_an_error_about_the_config_or_before_the_first_step_ends_the_run(made):

@@ -91,6 +91,15 @@ def test_stop_ids_that_cannot_be(tmp_path, listed):
         stop_ids(tmp_path, TOKENIZER)
 
 
+def test_stop_ids_of_the_model_itself_are_among_them(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": [3, 4]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert stop_ids(tmp_path, TOKENIZER) == {2, 3, 4, 5}
+    (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match="/config.json: eos_token_id holds '</s>'"):
+        stop_ids(tmp_path, TOKENIZER)
+
+
 def test_a_tokenizer_without_eos_stops_nowhere_unless_told(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
@@ -158,12 +167,13 @@ def test_arguments_of_the_template_and_a_template_of_ones_own(tmp_path):
     [
         ("{q} Put it in \\boxed{}.", "1+1? Put it in \\boxed{}."),
         ("{q} {{q}} {n} {numbers}", "1+1? {q} 2 [1, 2]"),
-        ("{q}{nought}", "1+1?0"),
+        ("{of.it} {.q}{nought}", "5 {.q}0"),
         ("plain { q }", "plain { q }"),
     ],
 )
 def test_a_prompt_made_of_columns(template, made):
-    assert form(prompt_template=template).prompt({"q": "1+1?", "n": 2, "numbers": [1, 2], "nought": 0}) == made
+    row = {"q": "1+1?", "n": 2, "numbers": [1, 2], "nought": 0, "of": {"it": 5}}
+    assert form(prompt_template=template).prompt(row) == made
 
 
 @pytest.mark.parametrize("name", ["answer", "none"])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from grpo_jax.config import TrainConfig
 from grpo_jax.data import PromptSet, PromptStream, held_out_prompts, training_prompts
 
-from .cases import TOKENIZER, ids
+from .cases import TOKENIZER, ids, make_tokenizer
 
 
 def stream(count=7, per_step=3, **more):
@@ -181,7 +182,8 @@ def test_too_long_is_counted_or_refused():
     rows = [{"prompt": "a" * n} for n in (5, 2, 6)]
     held_out = PromptSet(rows, TOKENIZER, max_prompt_len=4, name="x.jsonl")
     assert held_out.report == (
-        "x.jsonl: 2 of 3 prompts are longer than data.max_prompt_len = 4 tokens and are left out, the longest has 6"
+        "x.jsonl: 2 of 3 prompts are longer than data.max_prompt_len = 4 tokens and are left out, the longest has 6 "
+        "(rows 0, 2)"
     )
     assert PromptSet(rows, TOKENIZER, max_prompt_len=6).report == ""
     with pytest.raises(ValueError, match="2 of 3 prompts are longer than data.max_prompt_len = 4 .*the first is row 0"):
@@ -206,7 +208,8 @@ def test_a_run_gets_its_prompts_from_the_config_or_from_what_it_is_handed(tmp_pa
     prompts = training_prompts(single, TOKENIZER)
     assert draw(prompts, 4) == draw(stream(7, 3, max_prompt_len=6), 4)
     assert prompts.reports == (
-        f"{a}: 1 of 7 prompts are longer than data.max_prompt_len = 6 tokens and are left out, the longest has 7",
+        f"{a}: 1 of 7 prompts are longer than data.max_prompt_len = 6 tokens and are left out, the longest has 7 "
+        "(row 6)",
     )
     assert prompts.next()[0].columns.keys() == prompts.columns == {"answer"}
     assert {name: len(part) for name, part in held_out_prompts(single, TOKENIZER).items()} == {"eval": 1}
@@ -223,6 +226,61 @@ def test_a_run_gets_its_prompts_from_the_config_or_from_what_it_is_handed(tmp_pa
     assert training_prompts(several, TOKENIZER, {b: 2}).next()[0].text == "b"
     given = held_out_prompts(several, TOKENIZER, {"mine": rows})
     assert [prompt.text for prompt in given["mine"].prompts] == ["abc"]
+
+
+ROWS = [{"prompt": "a", "reward_model": {"ground_truth": str(i)}, "when": date(2026, 1, 2 + i)} for i in range(3)]
+
+
+def test_columns_are_chosen_and_nested_ones_named():
+    chosen = training_prompts(config(columns=["reward_model.ground_truth"]), TOKENIZER, ROWS)
+    assert [p.columns for p in chosen.sets[0].prompts] == [{"reward_model.ground_truth": str(i)} for i in range(3)]
+    options = {"rename_columns": {"reward_model.ground_truth": "answer"}, "columns": ["answer"]}
+    named = training_prompts(config(**options), TOKENIZER, [*ROWS, ROWS[0] | {"more": 1}])
+    assert named.sets[0].prompts[2].columns == {"answer": "2"} and named.columns == {"answer"}
+    nested = config(prompt_column="x.q", columns=[])
+    assert training_prompts(nested, TOKENIZER, [{"x": {"q": "ab", "r": 1}}]).sets[0].prompts[0].tokens == ids("ab")
+    with pytest.raises(
+        ValueError, match="data.columns: no column 'whem' .did you mean 'when'..; there are prompt, rew"
+    ):
+        training_prompts(config(columns=["when", "whem"]), TOKENIZER, ROWS)
+    with pytest.raises(ValueError, match="row 1: no column 'x.q'"):
+        training_prompts(config(prompt_column="x.q"), TOKENIZER, [{"x": {"q": "a"}}, {"x": {}}])
+    mixed = {"a": [ROWS[0]], "b": [{"prompt": "a", "answer": 1}]}
+    either = held_out_prompts(config(columns=["when", "answer"]), TOKENIZER, mixed)
+    assert [part.columns for part in either.values()] == [{"when"}, {"answer"}]
+
+
+def test_what_cannot_be_sampled_from_or_sent_is_said_by_its_row():
+    part = PromptSet([{"prompt": "a", "x": 1}, {"prompt": "~", "x": {"image": object()}}], TOKENIZER, name="x.jsonl")
+    part.check_tokens(101)
+    with pytest.raises(ValueError, match="^x.jsonl: row 1: its prompt has the token 100, .*are 0 to 99"):
+        part.check_tokens(100)
+    with pytest.raises(ValueError, match="^x.jsonl: row 1, column 'x': cannot be sent .*a object has no.*data.columns"):
+        part.check_columns_travel()
+    PromptSet(ROWS, TOKENIZER).check_columns_travel()
+
+
+def test_a_digest_tells_other_rows():
+    def of(rows, tokenizer=TOKENIZER, **more):
+        return PromptSet(rows, tokenizer, **more).digest()
+
+    assert of(ROWS) == of([dict(reversed(row.items())) for row in ROWS]) == of(ROWS, make_tokenizer(bos=True))
+    other = [ROWS[::-1], ROWS[:2], [*ROWS[:2], ROWS[2] | {"when": None}], [*ROWS[:2], ROWS[2] | {"prompt": "b"}]]
+    assert len({of(rows) for rows in [ROWS, *other]}) == 5
+    images = [{"prompt": "\N{SNOWMAN}", "image": object(), "half": "\ud83d"}]
+    assert of(images) == of([images[0] | {"image": object()}])
+    stream = training_prompts(config(), TOKENIZER, ROWS)
+    assert stream.digest() == of(ROWS)
+
+
+def test_tokens_that_double_or_end_a_prompt_are_said():
+    rows = [{"prompt": text} for text in ("ab", "<s>ab", "ab</s>", "</s>")]
+    said = PromptSet(rows, make_tokenizer(bos=True), name="x").reports
+    assert [line.partition(":")[2][:60] for line in said] == [
+        " 1 of 4 prompts begin with BOS (<s>) twice (row 1): the toke",
+        " 2 of 4 prompts end with EOS (</s>) (rows 2, 3), so that com",
+    ]
+    assert len(PromptSet(rows, TOKENIZER).reports) == 1 and PromptSet(rows[:2], TOKENIZER).report == ""
 
 
 def test_errors_name_the_dataset(tmp_path):

@@ -68,7 +68,7 @@ def _others(name: str, value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value, None]
     if isinstance(value, int):
-        return [None, 0, value - 1, value + 1, value * 2]
+        return [None, 0, value * 2, *([value + 1] if value < 8 else [])]
     if isinstance(value, float):
         return [None, value / 2 + 0.25, 3.0]
     if isinstance(value, str):

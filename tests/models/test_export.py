@@ -13,6 +13,7 @@ import pytest
 
 from grpo_jax.checkpoint import CheckpointStore
 from grpo_jax.config import TrainConfig
+from grpo_jax.data import load_tokenizer
 from grpo_jax.models import load_model
 from grpo_jax.testing import tiny_checkpoint
 from grpo_jax.types import TrainState
@@ -52,6 +53,25 @@ def test_the_newest_checkpoint(run, monkeypatch, capsys):
     jax.tree.map(np.testing.assert_array_equal, load_model(directory / "hf-7")[1], trained[7])
     for name in ("config.json", "tokenizer.json"):
         assert (directory / "hf-7" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_the_chat_template_is_the_one_trained_with(run, monkeypatch, tmp_path):
+    source, directory, _ = run
+    own, tokenizer = tmp_path / "own.jinja", source / "tokenizer_config.json"
+    own.write_text("{{ messages[0].content }}\r\n")
+    before, recorded = tokenizer.read_text(), (directory / "config.toml").read_text()
+    tokenizer.write_text(json.dumps(json.loads(before) | {"chat_template": "older"}))
+    (source / "chat_template.json").write_text('{"chat_template": "oldest"}')
+    (directory / "config.toml").write_text(recorded.replace('chat_template = "none"', f'chat_template = "{own}"'))
+    try:
+        assert _export(monkeypatch, directory, "--out", tmp_path / "x") == 0
+    finally:
+        tokenizer.write_text(before)
+        (source / "chat_template.json").unlink()
+        (directory / "config.toml").write_text(recorded)
+    assert load_tokenizer(tmp_path / "x").chat_template.strip() == "{{ messages[0].content }}"
+    written = json.loads((tmp_path / "x" / "tokenizer_config.json").read_text())
+    assert written == json.loads(before) and not (tmp_path / "x" / "chat_template.json").exists()
 
 
 def test_a_step_a_place_and_a_dtype(run, monkeypatch, tmp_path):

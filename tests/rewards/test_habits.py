@@ -69,9 +69,14 @@ def test_what_is_logged_by_several_and_in_pieces():
     with RewardPool([reward("worker", "logs"), logs], state=STATE) as pool:
         scores = score(pool, ["a", "exit", "bc", "d"])
         assert scores.crash_counts == (1, 0)
-        assert scores.extra["size"] == [1, None, 2, 1]  # the row that killed the process logged nothing
+        assert scores.extra["size"] == [
+            1,
+            None,
+            2,
+            1,
+        ]  # row by row; the one that killed the process logged nothing
         assert scores.extra["logs_2/size"] == ["mine"] * 4
-        assert scores.metrics == {"seen": pytest.approx((1 * 1 + 2 * 2 + 6 * 4) / (1 + 2 + 4))}
+        assert scores.metrics == {"seen": pytest.approx((1 + 1 + 1 + 6 * 4) / (3 + 4))}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -167,7 +167,7 @@ def builtins():
 @given(completions=st.lists(st.text(st.characters(codec=None, exclude_categories=[])), min_size=1, max_size=5))
 def test_any_string_through_the_builtins(builtins, completions):
     count = len(completions)
-    columns = {"answer": completions, "nums": [[1, 2]] * count, "target": [3] * count}
+    columns = {"answer": [f"7{text}" for text in completions], "nums": [[1, 2]] * count, "target": [3] * count}
     for form in (completions, [[{"role": "assistant", "content": text}] for text in completions]):
         scores = builtins.score(completions, form, [[0]] * count, columns)
         answered = np.isfinite(scores.rewards)

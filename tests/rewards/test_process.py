@@ -100,7 +100,7 @@ def test_a_reward_that_lacks_its_key_says_what_gives_it(tmp_path, monkeypatch):
 def test_a_library_comes_before_what_lies_around(monkeypatch, tmp_path):
     script, library = tmp_path / "scripts", tmp_path / "site"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script / "train.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script / "train.py"), raising=False)
     monkeypatch.setattr(sys, "path", [str(script), "", str(ROOT / "scripts"), str(library), "/lib/python"])
     monkeypatch.delenv("PYTHONPATH", raising=False)
     assert import_path() == [str(library), "/lib/python", str(script), str(tmp_path), str(ROOT)]
