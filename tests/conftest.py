@@ -23,6 +23,10 @@ QUICK = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_spli
 """Flags of XLA that halve what compiling costs at optimisation level 0. They are no promise of XLA's."""
 
 
+PATIENT = ("--xla_cpu_collective_call_terminate_timeout_seconds=600",)
+"""A busy machine is slow to bring eight devices together, which XLA takes for a fault after 40 seconds."""
+
+
 def known(flags: tuple[str, ...]) -> list[str]:
     """Those that jaxlib's library knows: one that it does not know would end the process."""
     found = find_spec("jaxlib")
@@ -34,7 +38,10 @@ def known(flags: tuple[str, ...]) -> list[str]:
 
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
-    flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0", *known(QUICK)]
+    flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0", *known(QUICK + PATIENT)]
+    # Devices may begin a program's independent collectives in different orders, each of which holds a thread until all
+    # devices have come to it: with XLA's one thread a device they can wait for each other for ever.
+    os.environ.setdefault("PJRT_NPROC", "64")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *flags]))
 
 compile_cache.configure()

@@ -190,6 +190,16 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_sound_checkpoint(tmp_path, monke
     assert names == {str(newest), str(newest + 1)}
 
 
+def test_the_only_sound_checkpoint_outlives_a_kill_of_the_next_save(tmp_path, monkeypatch):
+    store = saved(tmp_path, 1, keep=1)
+    monkeypatch.setattr(manifest, "seal", killed)
+    store.save(2, state_of(2), {})
+    with pytest.raises(Killed):
+        store.wait()
+    assert store.newest_sound().step == 1
+    store.close()
+
+
 def test_the_record_is_that_of_the_moment(tmp_path):
     store = CheckpointStore(tmp_path, None)
     record = {"accuracy": [0.1]}

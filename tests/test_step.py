@@ -274,6 +274,7 @@ def test_updates_below_a_step_of_bfloat16_add_up_and_the_same_ones_come_again():
 
     down = after_100(start, 1e-4, 1)  # a fortieth of the step below 1, which rounding to the nearest would lose
     assert down.dtype == jnp.bfloat16 and abs(float(down.astype(jnp.float32).mean()) - 0.99) < 1e-3
+    assert float(down.astype(jnp.float32).std()) < 0.02, "each step draws anew; else a few have all the steps"
     np.testing.assert_array_equal(down, after_100(start, 1e-4, 1))
     assert (down != after_100(start, 1e-4, 2)).any()
     np.testing.assert_array_equal(after_100(start, 0.0, 1), start.params["w"])

@@ -299,7 +299,8 @@ def test_equal_entropies_all_stay(dtype):
         zeros = jnp.zeros((3, 7), dtype)
         main = (zeros, jnp.ones(3, dtype), jnp.ones((3, 7), bool), config)
         slope = jax.grad(lambda x: algo.policy_loss(x, *main, entropy=entropy)[0])(zeros)
-    assert (np.asarray(slope) != 0).all()
+        choice = algo.choose(config, main[2], logp=zeros, advantages=main[1], entropy=entropy)
+    assert (np.asarray(slope) != 0).all() and choice.kept.all()
 
 
 def test_clip_cov_takes_out_all_eligible_where_there_are_fewer_than_it_may():
