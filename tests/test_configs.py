@@ -12,8 +12,8 @@ import grpo_jax
 from grpo_jax.cli import QUICKSTART, parse
 from grpo_jax.config import TrainConfig, read_toml
 from grpo_jax.data import held_out_prompts, load_tokenizer, training_prompts
+from grpo_jax.scoring import pool_from
 from grpo_jax.testing import tiny_checkpoint, tiny_tokenizer
-from grpo_jax.trainer import _reward_pool
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.toml"))}
@@ -132,7 +132,7 @@ def test_it_reads_a_file_of_its_format(name, checkpoint, tmp_path):
     held_out = held_out_prompts(config, tokenizer)
     prompts = training_prompts(config, tokenizer)
     assert len(prompts) == 4
-    with _reward_pool(config, config.reward.functions) as pool:
+    with pool_from(config, config.reward.functions) as pool:
         for part in (prompts, *held_out.values()):
             pool.check_columns(part.columns)
     assert [len(prompts) for prompts in held_out.values()] == [4] * len(held_out)

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -17,12 +16,6 @@ BFLOAT16 = 2.0**-8
 
 def few(examples):
     return settings(derandomize=True, max_examples=examples)
-
-
-def fast(rows, chosen):
-    """The rows of a table as parameters: those chosen are in the fast set, the others are marked slow."""
-    assert all(row in rows for row in chosen)
-    return [row if row in chosen else pytest.param(row, marks=pytest.mark.slow) for row in rows]
 
 
 def assert_close(got, expected, tolerance, floor=0.01):

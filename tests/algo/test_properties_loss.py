@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_set import slow_but
 
 from grpo_jax import algo
 from grpo_jax.algo.refusals import RATIO_LEVELS
-
-from .cases import fast
 
 N, T = 5, 7
 LIMIT = 11
@@ -23,10 +22,7 @@ LIMIT = 11
 COMBINATIONS = [(surrogate, level) for surrogate, levels in RATIO_LEVELS.items() for level in levels]
 combinations = pytest.mark.parametrize(("surrogate", "level"), COMBINATIONS)
 SPANNING = [("ppo_clip", "sequence"), ("cispo", "token"), ("gmpo", "token"), ("vespo", "token"), ("kl_cov", "token")]
-spanning = pytest.mark.parametrize(
-    ("surrogate", "level"),
-    [pytest.param(*pair, marks=[] if pair in SPANNING else pytest.mark.slow) for pair in COMBINATIONS],
-)
+spanning = pytest.mark.parametrize(("surrogate", "level"), slow_but(SPANNING, COMBINATIONS))
 FULL = dict(
     kl_coef=0.1,
     entropy_coef=0.01,
@@ -199,7 +195,7 @@ def unpack(grads):
 
 
 @combinations
-@pytest.mark.parametrize("aggregation", fast(["seq_mean_token_mean", "constant"], ["seq_mean_token_mean"]))
+@pytest.mark.parametrize("aggregation", slow_but(["seq_mean_token_mean"], ["seq_mean_token_mean", "constant"]))
 def test_packing_changes_nothing(surrogate, level, aggregation):
     correction = "tis" if surrogate == "vespo" else "seq_mask"
     config = configure(surrogate, level, aggregation=aggregation, correction=correction)

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_set import slow_but
 
 from grpo_jax import algo
 from grpo_jax.algo import spec
-
-from .cases import fast
 
 Q, G, N, T, F = 3, 4, 12, 5, 2
 DRAWS = {
@@ -144,7 +143,7 @@ FAST |= {"advantages gdpo", "advantages pass_at_k", "advantages reinforce_pp", "
 FAST |= {name for name in CASES if name.split()[0] not in ("loss", "advantages", "logprobs")}
 
 
-@pytest.mark.parametrize("name", fast(CASES, FAST))
+@pytest.mark.parametrize("name", slow_but(FAST, CASES))
 def test_jit_vmap_and_checkpoint(name):
     """One compilation serves all calls of these shapes, and equals vmap over seeds and a recomputing pass."""
     function, traces = CASES[name][0], []
