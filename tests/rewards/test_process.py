@@ -136,6 +136,14 @@ def test_a_rewards_own_process_pool_works(tmp_path, how):
         assert score(pool, ["a", "bcd"], how=[how] * 2).rewards.tolist() == [[1, 3]]
 
 
+@pytest.mark.parametrize("how", ["spawn", "forkserver"])
+def test_a_pool_that_each_of_its_processes_would_make_again_is_refused_at_once(tmp_path, how):
+    with pytest.raises(ValueError, match="'f': starts a process under spawn .* at its first call"):
+        RewardPool(
+            [own(tmp_path, f"from multiprocessing import get_context\nP = get_context({how!r}).Pool(1)\nf = len")]
+        )
+
+
 LEAVES = """
 import subprocess, sys, time
 from pathlib import Path
