@@ -225,7 +225,8 @@ def decided(directory: Path, found: Mapping[str, int]) -> dict[str, int]:
     file = directory / DECIDED
     if file.exists() and (directory / METRICS).exists():
         past = _json_of(file)
-        if not isinstance(past, dict) or past.keys() != found.keys() or any(type(v) is not int for v in past.values()):
+        known = isinstance(past, dict) and past.keys() == found.keys()
+        if not known or any(type(value) is not int or value < 1 for value in past.values()):
             raise ValueError(
                 f"output_dir: {file} is damaged, so nobody knows what the run decided from its machine; delete it, and "
                 "that is decided again, which changes its numbers by rounding only"

@@ -231,7 +231,7 @@ def test_a_damaged_line_costs_none_of_those_behind_it(tmp_path, broken):
 
 def test_what_a_run_decided_and_ran_on_may_be_damaged(tmp_path):
     (tmp_path / rundir.METRICS).touch()
-    for text in ("{", "[1]", '{"rollout.slots": "8"}', '{"rollout.slotr": 8}'):
+    for text in ("{", "[1]", '{"rollout.slots": "8"}', '{"rollout.slotr": 8}', '{"rollout.slots": -3}'):
         (tmp_path / rundir.DECIDED).write_text(text)
         with pytest.raises(ValueError, match=r"decided.json is damaged, .*; delete it, and that is decided again"):
             rundir.decided(tmp_path, {"rollout.slots": 8})
