@@ -31,7 +31,7 @@ UNRECORDED = frozenset(
 )
 """Fields that say nothing of a run, so that it may go on with others and nobody need know."""
 BESIDE = frozenset(
-    {"reward.timeout_seconds", "reward.memory_limit_mb"}
+    {"reward.timeout_seconds", "reward.memory_limit_mb", "reward.environment"}
     | {f"checkpoint.{name}" for name in CheckpointConfig.model_fields}
     | {f"eval.{name}" for name in EvalConfig.model_fields if name != "stop"}
     | {f"eval.stop.{name}" for name in EvalConfig().stop.model_dump()}
@@ -310,7 +310,7 @@ def _json_of(file: Path) -> Any:
     """What a file holds; None where nobody can read it."""
     try:
         return json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -50,6 +50,9 @@ def test_files_that_are_gone_cut_or_of_another_step_are_found(place):
     assert manifest.fault(place, "4") == "record/metadata has other bytes than were written"
     shutil.rmtree(other / "record")
     assert manifest.fault(other, "6") == "record/metadata is missing"
+    for text, says in (('{"of": "6", "files": {}}', "names no file"), ("[" * 10**5, "cannot be read")):
+        (other / manifest.MANIFEST).write_text(text)
+        assert manifest.fault(other, "6").startswith(f"manifest.json {says}")
     (other / manifest.MANIFEST).unlink()
     with pytest.raises(NoManifestError):
         manifest.fault(other, "6")
