@@ -11,7 +11,7 @@ from platform import python_version
 
 from grpo_jax.config import TrainConfig, read_toml
 from grpo_jax.config.arguments import Command, merge, read_command, show_help
-from grpo_jax.functions import hide_no_library
+from grpo_jax.functions import hide_no_library, printable
 from grpo_jax.interrupt import Interrupted, command_to_go_on
 from grpo_jax.rundir import no_space, what_is_safe
 
@@ -163,4 +163,4 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)  # it may hold words of strangers

@@ -70,6 +70,11 @@ def words_of(error: BaseException) -> str:
         return "(its message could not be made)"
 
 
+def printable(text: str) -> str:
+    """Text whose control characters, which could move the cursor or worse, are shown instead of sent."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _load_module(subject: str, place: str) -> ModuleType:
     try:
         return importlib.import_module(place)

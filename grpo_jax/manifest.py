@@ -75,10 +75,12 @@ def fault(place: Path, label: str, share: int = 0, shares: int = 1) -> str | Non
         of, files = table["of"], sorted(table["files"].items())
     except FileNotFoundError as error:
         raise NoManifestError(f"{place} {ABSENT}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     if of != label:
         return f"{MANIFEST} is that of {of!r}"
+    if not files:
+        return f"{MANIFEST} names no file"
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda item: _wrong(place / item[0], item[1]), files[share::shares])
         return next(

@@ -31,7 +31,7 @@ UNRECORDED = frozenset(
 )
 """Fields that say nothing of a run, so that it may go on with others and nobody need know."""
 BESIDE = frozenset(
-    {"reward.timeout_seconds", "reward.memory_limit_mb"}
+    {"reward.timeout_seconds", "reward.memory_limit_mb", "reward.environment"}
     | {f"checkpoint.{name}" for name in CheckpointConfig.model_fields}
     | {f"eval.{name}" for name in EvalConfig.model_fields if name != "stop"}
     | {f"eval.stop.{name}" for name in EvalConfig().stop.model_dump()}
@@ -225,7 +225,8 @@ def decided(directory: Path, found: Mapping[str, int]) -> dict[str, int]:
     file = directory / DECIDED
     if file.exists() and (directory / METRICS).exists():
         past = _json_of(file)
-        if not isinstance(past, dict) or past.keys() != found.keys() or any(type(v) is not int for v in past.values()):
+        known = isinstance(past, dict) and past.keys() == found.keys()
+        if not known or any(type(value) is not int or value < 1 for value in past.values()):
             raise ValueError(
                 f"output_dir: {file} is damaged, so nobody knows what the run decided from its machine; delete it, and "
                 "that is decided again, which changes its numbers by rounding only"
@@ -309,7 +310,7 @@ def _json_of(file: Path) -> Any:
     """What a file holds; None where nobody can read it."""
     try:
         return json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

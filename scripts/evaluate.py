@@ -99,6 +99,11 @@ def run_of(asked: argparse.Namespace) -> Path | None:
     """The config of the run that the model is of; the model is then the one that it trained."""
     place = Path(asked.model).expanduser()
     if (place / rundir.CONFIG).is_file():
+        if not (place / "hf").is_dir():
+            raise ValueError(
+                f"MODEL: the run {place} has not ended, so it holds no trained model yet. Start it again, or write the "
+                f"model of its newest checkpoint with scripts/export_hf.py {place}, and give its directory."
+            )
         asked.model = str(place / "hf")
     elif place.name == "hf" or place.name.startswith("hf-"):  # as export_hf.py names them
         place = place.parent

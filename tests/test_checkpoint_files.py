@@ -50,6 +50,9 @@ def test_files_that_are_gone_cut_or_of_another_step_are_found(place):
     assert manifest.fault(place, "4") == "record/metadata has other bytes than were written"
     shutil.rmtree(other / "record")
     assert manifest.fault(other, "6") == "record/metadata is missing"
+    for text, says in (('{"of": "6", "files": {}}', "names no file"), ("[" * 10**5, "cannot be read")):
+        (other / manifest.MANIFEST).write_text(text)
+        assert manifest.fault(other, "6").startswith(f"manifest.json {says}")
     (other / manifest.MANIFEST).unlink()
     with pytest.raises(NoManifestError):
         manifest.fault(other, "6")
@@ -241,7 +244,7 @@ def test_a_damaged_line_costs_none_of_those_behind_it(tmp_path, broken):
 
 def test_what_a_run_decided_and_ran_on_may_be_damaged(tmp_path):
     (tmp_path / rundir.METRICS).touch()
-    for text in ("{", "[1]", '{"rollout.slots": "8"}', '{"rollout.slotr": 8}'):
+    for text in ("{", "[1]", '{"rollout.slots": "8"}', '{"rollout.slotr": 8}', '{"rollout.slots": -3}'):
         (tmp_path / rundir.DECIDED).write_text(text)
         with pytest.raises(ValueError, match=r"decided.json is damaged, .*; delete it, and that is decided again"):
             rundir.decided(tmp_path, {"rollout.slots": 8})

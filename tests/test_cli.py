@@ -177,6 +177,11 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(monkeypatch, capfd
     os.close(moved[0][0])
 
 
+def test_no_escape_sequence_of_an_errors_words_reaches_the_terminal(capfd):
+    assert in_a_line(lambda: find_function("no\x1b[31mred:f")) == 2
+    assert "\x1b" not in (said := capfd.readouterr().err) and "\\x1b[31mred" in said
+
+
 def test_help_breaks_no_name_and_no_value_of_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["--help"]) == 0

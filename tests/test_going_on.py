@@ -87,6 +87,7 @@ def test_all_that_the_advice_for_little_memory_sets_may_change():
         ("eval.stop.patience", 2),
         ("reward.timeout_seconds", 60.0),
         ("reward.memory_limit_mb", None),
+        ("reward.environment", ("JUDGE_API_KEY",)),
         ("steps", 300),
     ],
 )

@@ -211,6 +211,9 @@ def test_evaluate_takes_what_is_not_given_from_the_run(tmp_path, monkeypatch):
     assert not plain.data.as_messages and plain.reward.functions == ("exact_match",)
     with pytest.raises(ValueError, match="^DATA: not given, and there is no run"):
         of(tmp_path / "hf", "--config", "none")
+    (tmp_path / "hf").rmdir()
+    with pytest.raises(ValueError, match="^MODEL: the run .* holds no trained model yet. .*export_hf.py"):
+        of(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate"])

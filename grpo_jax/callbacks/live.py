@@ -14,6 +14,7 @@ from rich.text import Text
 
 from grpo_jax.callbacks import Evaluation, Run, Step
 from grpo_jax.config import TrainConfig
+from grpo_jax.functions import printable
 from grpo_jax.metrics import prompt_text
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -50,11 +51,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, spread = min(bins, default=0.0), max(bins, default=0.0) - min(bins, default=0.0)
     top = len(BARS) - 1
     return "".join(BARS[round((value - low) / spread * top) if spread > 0 else 0] for value in bins)
-
-
-def printable(text: str) -> str:
-    """Text whose control characters, which could move the cursor or worse, are shown instead of sent."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def duration(seconds: float) -> str:

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.live import Live
 
 from grpo_jax.callbacks import Callback, Evaluation, Run, Step
-from grpo_jax.callbacks.live import COMPILING, Screen, duration, printable
+from grpo_jax.callbacks.live import COMPILING, Screen, duration
 from grpo_jax.config import TrainConfig
+from grpo_jax.functions import printable
 from grpo_jax.metrics import step_line
 
 PER_SECOND = 2

@@ -8,7 +8,7 @@ read a clock that nobody recorded.
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, wraps
@@ -25,6 +25,14 @@ ROOM = 2**20
 """Characters that a template may write besides ten for each of the messages'."""
 LONGEST = 2**17
 """Characters of a template's own text; those of models in use have up to 20,000."""
+
+_WRITING = frozenset(
+    {"batch", "capitalize", "e", "escape", "forceescape", "format", "glued", "indent", "join", "lower", "pprint"}
+    | {"replace", "slice", "string", "striptags", "title", "tojson", "trim", "truncate", "upper", "urlencode"}
+)
+"""Filters that make a text, or a list as long as is asked for."""
+_BY_THE_PLACE = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate"})
+"""Filters and methods that put what they are given at many places."""
 
 Message = Mapping[str, Any]
 
@@ -135,8 +143,10 @@ class _Limited(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, called: Any, /, *args: Any, **named: Any) -> Any:  # type: ignore[override]
         self.tick()
-        if isinstance(getattr(called, "__self__", None), str):  # ljust and its like make a text as long as is asked
-            self.fits(max((arg for arg in args if isinstance(arg, int)), default=0))
+        method = getattr(called, "__wrapped__", called)  # Jinja wraps a text's format
+        if isinstance(text := getattr(method, "__self__", None), str):
+            args = tuple(map(_listed, args))
+            self.fits(_size_made(method.__name__, text, [*args, *named.values()]))
         return self.sized(super().call(context, called, *args, **named))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -145,13 +155,23 @@ class _Limited(ImmutableSandboxedEnvironment):
             self.fits(_size_of(operator, left, right))
         return self.sized(super().call_binop(context, operator, left, right))
 
-    def limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # Jinja marks functions that take its context
         def call(*args: Any, **named: Any) -> Any:
             self.tick()
+            if name in _WRITING:
+                first = 1 if hasattr(function, "jinja_pass_arg") else 0
+                value, *others = map(_listed, args[first:])
+                self.fits(_size_made(name, value, [*others, *named.values()]))
+                args = (*args[:first], value, *others)
             return self.sized(function(*args, **named))
 
         return call
+
+    def written(self, value: Any) -> Any:
+        """What a template writes as it is, which may be a list of one text many times."""
+        self.fits(_size(value))
+        return value
 
     def sized(self, value: Any) -> Any:
         if isinstance(value, str | list | tuple):
@@ -168,13 +188,52 @@ def _size_of(operator: str, left: Any, right: Any) -> int:
     if operator == "**":
         return left.bit_length() * abs(right) if isinstance(left, int) and isinstance(right, int) else 0
     if operator == "%":
-        widths = [int(number) for number in re.findall(r"\d+", left)] if isinstance(left, str) else []
+        if not isinstance(left, str):
+            return 0
         given = right if isinstance(right, tuple) else (right,)  # a width may be an argument, as in %*d
-        return max([*widths, *(n for n in given if "*" in str(left) and isinstance(n, int))], default=0)
+        sizes = [n if "*" in left and isinstance(n, int) else _size(n) for n in given]
+        return left.count("%") * max([*map(int, re.findall(r"\d+", left)), *sizes], default=0)
     for many, times in ((left, right), (right, left)):
         if isinstance(many, str | list | tuple) and isinstance(times, int):
             return len(many) * times
     return 0
+
+
+def _listed(value: Any) -> Any:
+    """What can be read once only, so that it can be measured and then be read."""
+    return list(value) if isinstance(value, Iterator) else value
+
+
+def _size(value: Any) -> int:
+    """Characters, about, that a value takes where it is written; a list that is a part of many is looked at once."""
+    known: dict[int, int] = {}
+
+    def size(part: Any) -> int:
+        if isinstance(part, str | bytes):
+            return len(part)
+        if not isinstance(part, Collection):
+            return 1
+        if id(part) not in known:
+            known[id(part)] = 0  # what holds itself is written once
+            parts = [*part.keys(), *part.values()] if isinstance(part, Mapping) else part
+            known[id(part)] = 1 + sum(map(size, parts))
+        return known[id(part)]
+
+    return size(value)
+
+
+def _size_made(name: str, value: Any, given: Sequence[Any]) -> int:
+    """How long at most is what a filter, or a method of a text, makes of a value and its other arguments."""
+    whole, most = _size(value), max((arg if isinstance(arg, int) else _size(arg) for arg in given), default=0)
+    if name == "join":  # the filter of a list is given a text, the method of a text is given a list
+        parts = [part for part in (value, *given) if isinstance(part, Collection) and not isinstance(part, str)]
+        texts = [part for part in (value, *given) if isinstance(part, str)]
+        return whole + most + max(map(len, parts), default=0) * max(map(len, texts), default=0)
+    if name == "replace" and isinstance(value, str) and given and isinstance(given[0], str):
+        return whole + value.count(given[0]) * most
+    if name in ("format", "format_map"):
+        return whole + sum(map(str(value).count, "{%")) * most
+    return whole * (1 + most) if name in _BY_THE_PLACE else whole + most
 
 
 class _Watched(NodeTransformer):
@@ -214,8 +273,10 @@ def _environment() -> _Limited:
     environment.begin(ROOM)  # parsing computes what is constant
     own = {"tojson": _tojson, "tick": str, "glued": lambda parts: "".join(map(str, parts))}
     filters = {**environment.filters, **own}
-    del filters["random"], filters["center"]  # the latter is as wide as it is asked for
-    environment.filters = {name: environment.limited(function) for name, function in filters.items()}
+    for name in ("random", "center", "wordwrap", "urlize", "xmlattr"):  # but for the first, as long as it is asked for
+        del filters[name]
+    environment.filters = {name: environment.limited(name, function) for name, function in filters.items()}
+    environment.finalize = environment.written
     environment.globals["raise_exception"] = _raise
     del environment.globals["lipsum"]
     return environment

@@ -19,6 +19,9 @@ from grpo_jax.rewards.state import TrainerState
 
 __all__ = ["RewardPool", "Scores", "Scoring"]
 
+MOST_WORKERS = 1024
+"""Processes of one function."""
+
 
 class RewardPool:
     """Runs reward functions, each one given by name in worker processes of its own, all at the same time.
@@ -301,6 +304,8 @@ def _check_specs(specs: Sequence[str | Reward]) -> None:
 def _check_limits(timeout_seconds: float, memory_limit_mb: int | None, workers: int) -> None:
     if workers < 1:
         raise ValueError(f"reward.workers: got {workers}, but each function needs a process; use 1, or more")
+    if workers > MOST_WORKERS:
+        raise ValueError(f"reward.workers: got {workers}, but each is a process; use at most {MOST_WORKERS}")
     if not 0 < timeout_seconds < math.inf:
         raise ValueError(f"reward.timeout_seconds: got {timeout_seconds}, but a limit is positive and finite; use 10")
     if memory_limit_mb is not None and memory_limit_mb < 64:

@@ -32,6 +32,8 @@ from grpo_jax.rewards.worker import main
 main({parent}, {memory_limit_mb})"""
 
 _CHUNK = 1 << 16
+_LOOK_SECONDS = 3600.0
+"""Systems wait for some weeks at a time, at most; a limit may be longer."""
 
 
 class WorkerDied(Exception):
@@ -209,7 +211,7 @@ def _exchange(process: "subprocess.Popen[bytes]", number: int, request: bytes, d
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError
-            for key, _ in selector.select(remaining):
+            for key, _ in selector.select(min(remaining, _LOOK_SECONDS)):
                 if key.fd == stdin:
                     left = left[os.write(stdin, left[:_CHUNK]) :]
                     if not left:

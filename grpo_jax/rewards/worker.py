@@ -10,8 +10,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Awaitable
-from contextlib import suppress
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from grpo_jax.functions import words_of
@@ -113,7 +113,8 @@ def _trace(error: BaseException | None) -> str:
 def _load(start: dict[str, Any]) -> Reward:
     """Find the reward and bind its options; a built-in is tried on no completions, to refuse options now."""
     sys.path[:] = start["path"]
-    function = load_reward(start["spec"], start["options"], start["name"], as_main=True)
+    with _no_process_spawned(start["name"]):
+        function = load_reward(start["spec"], start["options"], start["name"], as_main=True)
     if start["spec"] in REWARDS:
         nothing: dict[str, list[Any]] = {column: [] for column in needed_columns(function)}
         batch = Batch(columns=nothing, state=TrainerState(**start["state"]))
@@ -122,6 +123,26 @@ def _load(start: dict[str, Any]) -> Reward:
         except ValueError as error:
             raise ValueError(f"reward {start['name']!r}: {error}") from error
     return function
+
+
+@contextmanager
+def _no_process_spawned(name: str) -> Iterator[None]:
+    """Refuse processes under spawn and forkserver: each would read the reward's file too, and start such itself."""
+    from multiprocessing.process import current_process
+
+    here = vars(current_process())
+    here["_inheriting"] = True  # so multiprocessing marks a process that reads its main file
+    try:
+        yield
+    except ValueError as error:
+        if "bootstrapping phase" not in str(error):
+            raise
+        raise ValueError(
+            f"reward {name!r}: starts a process under spawn or forkserver while its file is read, as each such process "
+            "would again; start it in the function, at its first call"
+        ) from error
+    finally:
+        del here["_inheriting"]
 
 
 def _waiter() -> Wait:

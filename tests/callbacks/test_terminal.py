@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.callbacks import Evaluation, live
-from grpo_jax.callbacks.live import COMPILING, KEYS, Screen, duration, printable, sparkline
+from grpo_jax.callbacks.live import COMPILING, KEYS, Screen, duration, sparkline
 from grpo_jax.callbacks.terminal import Terminal, evaluation_line
+from grpo_jax.functions import printable
 
 from .synthetic import config_for, evaluation_of, run_of, step_of
 

@@ -150,6 +150,24 @@ def template(body, name="the tokenizer's chat template"):
             "makes a value",
         ),
         ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
+        *[
+            (f"{{% set b = 'x' * 10**6 %}}{{% set many = [b] * 10**5 %}}{{{{ {makes} }}}}", "makes a value")
+            for makes in (
+                *("many", "many | join", "many | tojson", "many | string", "many ~ 'x'", "b.join(many)"),
+                *(
+                    "b | replace('x', b)",
+                    "b.replace('x', b)",
+                    "b.translate({120: b})",
+                    "('\t' * 9999).expandtabs(10**6)",
+                ),
+                *(
+                    "('{0}' * 9999).format(b)",
+                    "('%s' * 9999) % ((b,) * 9999)",
+                    "[] | slice(10**9) | list",
+                    "b | indent(b)",
+                ),
+            )
+        ],
     ],
 )
 def test_a_template_without_end_ends_with_its_name(body, says, monkeypatch):

@@ -136,6 +136,14 @@ def test_a_rewards_own_process_pool_works(tmp_path, how):
         assert score(pool, ["a", "bcd"], how=[how] * 2).rewards.tolist() == [[1, 3]]
 
 
+@pytest.mark.parametrize("how", ["spawn", "forkserver"])
+def test_a_pool_that_each_of_its_processes_would_make_again_is_refused_at_once(tmp_path, how):
+    with pytest.raises(ValueError, match="'f': starts a process under spawn .* at its first call"):
+        RewardPool(
+            [own(tmp_path, f"from multiprocessing import get_context\nP = get_context({how!r}).Pool(1)\nf = len")]
+        )
+
+
 LEAVES = """
 import subprocess, sys, time
 from pathlib import Path
@@ -216,5 +224,11 @@ def test_several_workers_of_a_function_work_at_the_same_time(tmp_path):
     with RewardPool([spec], 120.0, workers=3) as pool:  # one after the other they would wait for ever
         scores = score(pool, ["a"] * 40, place=[str(tmp_path)] * 40, count=[3] * 40)
     np.testing.assert_array_equal(scores.rewards, np.ones((1, 40)))
-    with pytest.raises(ValueError, match="reward.workers: got 0"):
-        RewardPool(["exact_match"], workers=0)
+    for count in (0, 10**9):
+        with pytest.raises(ValueError, match=f"reward.workers: got {count}"):
+            RewardPool(["exact_match"], workers=count)
+
+
+def test_a_limit_may_be_longer_than_systems_can_wait():
+    with RewardPool(["exact_match"], 1e300) as pool:
+        assert score(pool, ["4"], answer=["4"]).rewards.tolist() == [[1]]
