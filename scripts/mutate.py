@@ -3,6 +3,7 @@
     python scripts/mutate.py                          # all of them
     python scripts/mutate.py --only losses "geo_gate" # those whose file or name holds one of the words
     python scripts/mutate.py --changed --daily 10     # those whose file, test or row changed, and ten by the date
+    python scripts/mutate.py --changed --most 60      # of them at most 60, other ones every day
     python scripts/mutate.py --check                  # only see that each can be planted and names a test
     python scripts/mutate.py --find                   # of a row whose test does not catch it: which of its part does
 
@@ -259,7 +260,11 @@ def choose(mutants: list[Mutant], arguments: argparse.Namespace) -> list[Mutant]
         revision = arguments.changed or default_revision()
         some = changed(chosen, revision)
         print(f"changed since {revision[:12]}: {len(some)} of {len(chosen)}", flush=True)
-    some += of_the_day(chosen, arguments.daily, datetime.datetime.now(datetime.UTC).toordinal(), some)
+    today = datetime.datetime.now(datetime.UTC).toordinal()
+    some += of_the_day(chosen, arguments.daily, today, some)
+    if arguments.most is not None and len(some) > arguments.most:
+        print(f"{arguments.most} of these {len(some)}, chosen by the date", flush=True)
+        some = of_the_day(some, arguments.most, today)
     return [mutant for mutant in chosen if mutant in some]
 
 
@@ -268,6 +273,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="a word in the file or the name")
     parser.add_argument("--changed", nargs="?", const="", metavar="REV", help="those that changed since a commit")
     parser.add_argument("--daily", type=int, default=0, metavar="N", help="so many more, others every day")
+    parser.add_argument("--most", type=int, metavar="N", help="of those that changed and of the day only so many")
     parser.add_argument("--find", nargs="*", metavar="TEST", help="try these, or the tests of its part, too")
     parser.add_argument("--check", action="store_true", help="only see that each can be planted and names a test")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="mutants at a time")
