@@ -1,5 +1,6 @@
 """All callbacks of a run, as the loop calls them: what one of them does wrong costs neither the run nor the others."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -73,7 +74,7 @@ class Watchers:
 
     def state(self) -> dict[str, Any]:
         """What the callbacks must know to go on from here, by the name of their class."""
-        states = {_name(c): self._shielded(c, "state", c.state) for c in self._all}
+        states = {_name(c): self._shielded(c, "state", partial(_kept, c)) for c in self._all}
         return {name: state for name, state in states.items() if state is not None}
 
     def end(self, summary: dict[str, Any]) -> None:
@@ -114,6 +115,11 @@ class Watchers:
         new = (id(callback), what) not in self._said
         self._said.add((id(callback), what))
         return new
+
+
+def _kept(callback: Callback) -> Any:
+    """What a checkpoint holds of a callback's state; one that JSON does not hold raises here, not in the save."""
+    return json.loads(json.dumps(callback.state()))
 
 
 def _raised(callback: Callback, method: str, error: Exception, still: str = "the run goes on without it") -> str:

@@ -1,7 +1,7 @@
 """The engine: what it is built for, what it refuses, and its two calls."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class ContinuousEngine:
     refill: bool | None = None
     decode: Callable[[list[int]], str] | None = None
     ahead: bool = False
+    _kinds: set[tuple[Model, Sampling, Ladder, int]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def generate(
         self,
@@ -121,6 +122,7 @@ class ContinuousEngine:
         key = (self.model, rules, shapes, width)
         programs = PROGRAMS.pop(key) if key in PROGRAMS else Programs(*key, view)
         PROGRAMS[key] = programs  # the newest last
+        self._kinds.add(key)
         while len(PROGRAMS) > MOST_KINDS:
             del PROGRAMS[next(iter(PROGRAMS))]
         if self.ahead:
@@ -128,9 +130,9 @@ class ContinuousEngine:
         return programs
 
     def wait(self) -> None:
-        """Until everything is compiled that kinds of calls made so far may run; raises what failed."""
-        for (model, *_), programs in list(PROGRAMS.items()):
-            if self.ahead and model == self.model:
+        """Until everything is compiled that this engine's kinds of calls so far may run; raises what failed."""
+        for key, programs in list(PROGRAMS.items()):
+            if self.ahead and key in self._kinds:  # another's may never compile, as where its memory did not suffice
                 programs.wait()
 
     def shapes(self, prompts: int, num_samples: int, max_new_tokens: int) -> Ladder:

@@ -72,6 +72,14 @@ def test_what_raises_is_warned_of_once_and_the_others_are_told(made):
     assert [text.split()[0] for text in warned] == ["Seen.on_step", "Seen.on_eval", "Seen.on_end", "Seen.close"]
 
 
+def test_a_state_that_no_checkpoint_can_hold_costs_no_run(made):
+    seen = []
+    bad, good = Seen(seen, "bad"), type("Good", (Seen,), {"state": lambda self: (1, 2)})(seen, "good")
+    bad.state = object
+    assert made(bad, good).state() == {"Good": [1, 2]}
+    assert [told[2].split(":")[0] for told in seen if told[1] == "on_warning"] == ["Seen.state raised TypeError"] * 2
+
+
 def test_a_warning_that_cannot_be_taken_goes_to_the_terminal(made, capsys):
     seen = []
     watchers = made(Seen(seen, "bad", on_warning=OSError("no")), Seen(seen, "good"))

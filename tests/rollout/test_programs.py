@@ -91,6 +91,20 @@ def test_programs_of_old_kinds_of_calls_are_given_back(monkeypatch):
     assert sampler._compiled(rules, sampler.shapes(2, 2, 8), 16, view) is not made[1]
 
 
+def test_what_never_compiled_for_an_engine_is_not_waited_for_by_the_next(monkeypatch):
+    model, params = tiny_model()
+    monkeypatch.setattr(engine, "PROGRAMS", {})
+    monkeypatch.setattr(Programs, "lower", lambda self, key: Lowered(key, []))
+    monkeypatch.setattr(Programs, "prepare", lambda self: None)
+    view, rules = model.decode_view(params), Sampling().rules
+    first, second = (ContinuousEngine(model, 16, ahead=True) for _ in range(2))
+    first._compiled(rules, first.shapes(2, 2, 8), 16, view).lower = lambda key: Lowered(key, ["fail"])
+    second._compiled(rules, second.shapes(1, 2, 8), 16, view)
+    second.wait()
+    with pytest.raises(RuntimeError, match="no memory"):
+        first.wait()
+
+
 ENDINGS = {"the script ends": "", "Ctrl-C": "raise KeyboardInterrupt", "an error": "raise RuntimeError('mine')"}
 
 
