@@ -110,7 +110,8 @@ class Peers:
         for place, said in sorted(failed.items()):
             told = json.loads(said)
             return f"process {_number(place)} on {told['host']}: {told['text']}"
-        dead = life.missed({_number(place): sign for place, sign in alive.items()})
+        signs = {_number(place): sign for place, sign in alive.items()}
+        dead = life.missed({number: signs.get(number, "none yet") for number in range(self._count)})
         return f"process {dead} died: no sign of life for {SILENT * BEAT:.0f} s" if dead is not None else None
 
     def _leave(self, cause: str) -> None:
