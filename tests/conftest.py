@@ -34,7 +34,8 @@ def known(flags: tuple[str, ...]) -> list[str]:
     if library is None or not library.exists():
         return []
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return [flag for flag in flags if text.find(flag.strip("-").partition("=")[0].encode()) >= 0]
+        names = {flag: flag.strip("-").partition("=")[0].encode() for flag in flags}
+        return [flag for flag, name in names.items() if text.find(b"\0" + name + b"\0") >= 0]  # whole, as a flag's is
 
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
