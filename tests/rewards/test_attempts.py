@@ -10,6 +10,7 @@ from grpo_jax.rewards.attempts import CHUNK, RETRY_FACTOR, Attempts, Piece, Work
 from grpo_jax.rewards.call import Batch
 from grpo_jax.rewards.process import WorkerDied
 from grpo_jax.rewards.scores import Part
+from grpo_jax.rewards.state import TrainerState
 
 TIMEOUT = 100.0
 
@@ -45,6 +46,14 @@ class Worker:
 @pytest.fixture(autouse=True)
 def texts_as_they_are(monkeypatch):
     monkeypatch.setattr("grpo_jax.rewards.attempts.encode", lambda batch: list(batch.completions))
+
+
+def test_rows_of_a_batch_come_with_their_columns_and_the_state():
+    texts = [str(n) for n in range(5)]
+    batch = Batch(texts, texts[::-1], [[n] for n in range(5)], {"answer": [7, 8, 9, 10, 11]}, TrainerState(max_steps=3))
+    part = batch.rows(1, 3)
+    assert (part.prompts, part.completions, part.completion_ids) == (["1", "2"], ["3", "2"], [[1], [2]])
+    assert part.columns == {"answer": [8, 9]} and part.state == TrainerState(max_steps=3) and len(part) == 2
 
 
 def asked(worker, count, cut=False):
