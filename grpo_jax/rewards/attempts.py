@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from grpo_jax.rewards.call import Batch, RewardProblem
 from grpo_jax.rewards.lookup import SAMPLES
@@ -22,6 +23,10 @@ CHUNK = 16
 
 RETRY_FACTOR = 8
 """Calls without an answer and what follows from them may take this many times (time limit + start) of each process."""
+
+AWAKE_SECONDS = 0.2
+"""A thread that waits for answers wakes so often: a signal that another thread was given does not wake it, and the main
+thread alone acts on signals."""
 
 T = TypeVar("T")
 
@@ -127,7 +132,7 @@ class Attempts:
         left, errors = deque(self._futures), list[BaseException]()
         while left:
             future = left.popleft()
-            error = future.exception()
+            error = _error_of(future)
             if error is not None:
                 errors.append(error)
                 continue
@@ -187,6 +192,13 @@ class Attempts:
         """Seconds that may still be lost in this batch."""
         with self._lock:
             return RETRY_FACTOR * (self._timeout + worker.start_seconds) * len(self._workers.all) - self._spent
+
+
+def _error_of(future: "Future[Any]") -> BaseException | None:
+    """What its work raised, once it has ended."""
+    while True:
+        with suppress(TimeoutError):
+            return future.exception(AWAKE_SECONDS)
 
 
 def _lose(part: Part, name: str, failure: Exception, limit: float) -> None:

@@ -1,5 +1,6 @@
 """How a batch is asked: in which calls, under which limits, and what is asked again; no process is started here."""
 
+import signal
 import threading
 import time
 
@@ -121,3 +122,26 @@ def test_what_raised_is_not_asked_again_and_neither_is_the_rest():
     with pytest.raises(ValueError, match="reward 'f', row 20: raised"):
         asked(worker, 160, True)
     assert [rows[0] for rows, _ in worker.calls] == [0, 16]
+
+
+def test_a_signal_that_another_thread_was_given_ends_the_wait():
+    """The system may give a process's signal to any thread, and the main one alone acts on it."""
+    released, ended = threading.Event(), threading.Event()
+
+    class Signalled(Worker):
+        def ask(self, request, limit):
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            released.wait(240)
+            ended.set()
+            return super().ask(request, limit)
+
+    workers = Workers(lambda: Signalled(), 1)
+    attempts = Attempts(workers, "f", TIMEOUT, threading.Event())
+    try:
+        attempts.ask([Piece(0, Batch(["0"], ["0"], [[1]]), ["0"])])
+        with pytest.raises(KeyboardInterrupt):
+            attempts.parts()
+        assert not ended.is_set()
+    finally:
+        released.set()
+        workers.close()
