@@ -126,10 +126,12 @@ def test_what_raised_is_not_asked_again_and_neither_is_the_rest():
 
 def test_a_signal_that_another_thread_was_given_ends_the_wait():
     """The system may give a process's signal to any thread, and the main one alone acts on it."""
-    released, ended = threading.Event(), threading.Event()
+    waits, released, ended = threading.Event(), threading.Event(), threading.Event()
 
     class Signalled(Worker):
         def ask(self, request, limit):
+            waits.wait(240)
+            time.sleep(0.3)  # until the main thread does: earlier, it would meet the signal while it runs
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             released.wait(240)
             ended.set()
@@ -140,6 +142,7 @@ def test_a_signal_that_another_thread_was_given_ends_the_wait():
     try:
         attempts.ask([Piece(0, Batch(["0"], ["0"], [[1]]), ["0"])])
         with pytest.raises(KeyboardInterrupt):
+            waits.set()
             attempts.parts()
         assert not ended.is_set()
     finally:
