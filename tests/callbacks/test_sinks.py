@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import pytest
 
@@ -137,14 +138,17 @@ def test_wandb_offline_holds_every_figure_with_its_step(offline, tmp_path, capfd
     callback.on_end({"accuracy_last": 0.5})
     callback.close()
     assert capfd.readouterr().out == ""
-    rows, run = [], None
-    for data in wandb_records(next(directory.glob("wandb/offline-run-*/*.wandb")).read_bytes()):
-        record = records.Record.FromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({"/".join(item.nested_key) or item.key: item.value_json for item in items})
-        if record.WhichOneof("record_type") == "run":
-            run = record.run
+    rows, run, waited = [], None, 0
+    while (run is None or len(rows) < 2) and waited < 600:  # a process of W&B's own writes them
+        time.sleep(0.1 if waited else 0)
+        rows, waited = [], waited + 1
+        for data in wandb_records(next(directory.glob("wandb/offline-run-*/*.wandb")).read_bytes()):
+            record = records.Record.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({"/".join(item.nested_key) or item.key: item.value_json for item in items})
+            if record.WhichOneof("record_type") == "run":
+                run = record.run
     assert run.project == "project" and run.display_name == "my-run"
     for row, expected in zip(rows, (evaluation_of(0, 0.1).metrics, step_of(1).metrics), strict=True):
         assert int(row["step"]) == expected["step"]
